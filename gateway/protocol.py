@@ -1,0 +1,110 @@
+"""The packets between web and launcher, as docs/wire.md defines them. Shared by both; nothing here does I/O."""
+
+from __future__ import annotations
+
+import struct
+import uuid
+from dataclasses import dataclass
+from enum import IntEnum
+
+VERSION = 1
+MAX_DETAIL_BYTES = 32 * 1024
+
+_REQUEST = struct.Struct("!BBHQ16s")
+_REPLY = struct.Struct("!BBBBQQ")
+
+REQUEST_BYTES = _REQUEST.size
+MAX_REPLY_BYTES = _REPLY.size + MAX_DETAIL_BYTES
+
+
+class Verb(IntEnum):
+    CREATE = 1
+    RUN = 2
+    FIND = 3
+    REMOVE = 4
+    HEALTH = 5
+
+
+class Status(IntEnum):
+    DONE = 0
+    UNKNOWN = 1
+    EXISTS = 2
+    STARTED = 3
+    ENDED = 4
+    ENGINE_DOWN = 5
+    IMAGE_MISSING = 6
+    STORAGE_LOW = 7
+    BUSY = 8
+    FAILED = 9
+
+
+class Verdict(IntEnum):
+    """How a run ended."""
+
+    EXITED = 0
+    DEADLINE = 1
+    OUT_OF_MEMORY = 2
+    SIGNALLED = 3
+    CANCELLED = 4
+    LOST = 5
+
+
+class MalformedPacketError(ValueError):
+    """A packet that is not of the documented form."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    verb: Verb
+    sequence: int
+    instance: uuid.UUID
+
+    def pack(self) -> bytes:
+        return _REQUEST.pack(VERSION, self.verb, 0, self.sequence, self.instance.bytes)
+
+    @classmethod
+    def unpack(cls, packet: bytes) -> Request:
+        """Read one packet; raises MalformedPacketError for any but the documented form."""
+        if len(packet) != _REQUEST.size:
+            raise MalformedPacketError(f"{len(packet)} bytes instead of {_REQUEST.size}")
+        version, verb, reserved, sequence, raw = _REQUEST.unpack(packet)
+        if version != VERSION or reserved != 0:
+            raise MalformedPacketError("unknown version")
+        try:
+            known = Verb(verb)
+        except ValueError:
+            raise MalformedPacketError("unknown verb") from None
+        instance = uuid.UUID(bytes=raw)
+        if known is Verb.HEALTH:
+            if instance.int != 0:
+                raise MalformedPacketError("HEALTH names no instance")
+        elif instance.version != 7:
+            raise MalformedPacketError("not a UUIDv7")
+        return cls(known, sequence, instance)
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    status: Status
+    sequence: int
+    expires_at: int = 0
+    verdict: Verdict = Verdict.EXITED
+    detail: str = ""
+
+    def pack(self) -> bytes:
+        detail = self.detail.encode("utf-8", "replace")[:MAX_DETAIL_BYTES]
+        return _REPLY.pack(VERSION, self.status, self.verdict, 0, self.sequence, self.expires_at) + detail
+
+    @classmethod
+    def unpack(cls, packet: bytes) -> Reply:
+        """Read one packet; raises MalformedPacketError for any but the documented form."""
+        if not _REPLY.size <= len(packet) <= MAX_REPLY_BYTES:
+            raise MalformedPacketError(f"{len(packet)} bytes")
+        version, status, verdict, reserved, sequence, expires_at = _REPLY.unpack_from(packet)
+        if version != VERSION or reserved != 0:
+            raise MalformedPacketError("unknown version")
+        try:
+            detail = packet[_REPLY.size :].decode("utf-8")
+            return cls(Status(status), sequence, expires_at, Verdict(verdict), detail)
+        except ValueError as error:
+            raise MalformedPacketError(str(error)) from None

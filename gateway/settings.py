@@ -1,0 +1,116 @@
+"""Every setting, in one table: name, unit, default, help. The only reader of os.environ; docs/operations.md is kept equal by a test."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+PREFIX = "MAYFLY_"
+
+
+class SettingsError(ValueError):
+    """A MAYFLY_* variable that does not exist or holds what it cannot hold."""
+
+
+def _setting(default: Any, text: str, *, minimum: float | None = None, choices: tuple[str, ...] = ()) -> Any:
+    return field(default=default, metadata={"help": text, "minimum": minimum, "choices": choices})
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Read once at start. A limit of 0 is off where the help says so."""
+
+    listen: str = _setting("127.0.0.1:8080", "Address and port of the HTTP API.")
+    state_dir: Path = _setting(Path("/var/lib/mayfly"), "Instances, keys, logs and the launcher's socket.")
+    web_uid: int = _setting(-1, "User id that may speak to the launcher; -1 is the launcher's own.", minimum=-1)
+    engine: str = _setting("docker", "What starts containers.", choices=("docker",))
+    docker_socket: str = _setting("unix:///var/run/docker.sock", "The Docker Engine API.")
+    docker_runtime: str = _setting("", "OCI runtime name; empty is the daemon's default.")
+    image: str = _setting("mayfly-runner:latest", "The runner image.")
+    slots: int = _setting(4, "Runners at work at once.", minimum=1)
+    queue_length: int = _setting(256, "Requests that may wait for a slot; more answer 503.", minimum=0)
+    queue_timeout_seconds: float = _setting(30.0, "Longest wait for a slot or an instance; beyond it 503.", minimum=0.1)
+
+    ttl_seconds: int = _setting(600, "Life of an instance.", minimum=1)
+    reap_interval_seconds: float = _setting(30.0, "Pause between sweeps of the reaper.", minimum=0.1)
+    min_free_bytes: int = _setting(1 << 30, "Free space on the state disk below which creates answer 503; 0 is off.", minimum=0)
+
+    rate_requests_per_minute: int = _setting(60, "Requests per address; 0 is off.", minimum=0)
+    rate_creates_per_minute: int = _setting(10, "New instances per address; 0 is off.", minimum=0)
+    max_body_bytes: int = _setting(1 << 20, "Largest request body.", minimum=1024)
+
+    deadline_seconds: float = _setting(2.0, "Wall clock of one request's SQL.", minimum=0.05)
+    grace_seconds: float = _setting(0.5, "From the deadline to the kill from outside.", minimum=0.05)
+    start_timeout_seconds: float = _setting(15.0, "Longest wait for a container to start.", minimum=1)
+    max_rows: int = _setting(10_000, "Rows of one answer; more are cut.", minimum=1)
+    max_result_bytes: int = _setting(1 << 20, "Bytes of rows, as JSON, of one answer; more are cut.", minimum=1024)
+
+    instance_bytes: int = _setting(10 << 20, "Largest size of each of an instance's two files.", minimum=1 << 20)
+    heap_bytes: int = _setting(48 << 20, "SQLite's own memory in one request.", minimum=8 << 20)
+    container_memory_bytes: int = _setting(128 << 20, "Memory of one container; there is no swap.", minimum=32 << 20)
+    container_pids: int = _setting(16, "Processes and threads of one container.", minimum=8)
+    container_cpus: float = _setting(1.0, "Processors of one container.", minimum=0.05)
+    container_nofile: int = _setting(64, "Open files of one container.", minimum=16)
+    min_landlock_abi: int = _setting(3, "Landlock ABI below which nothing is served; 0 serves without Landlock.", minimum=0)
+
+    limit_length: int = _setting(300_000, "SQLITE_LIMIT_LENGTH, bytes of a string, BLOB or row.", minimum=1000)
+    limit_sql_length: int = _setting(100_000, "SQLITE_LIMIT_SQL_LENGTH, bytes.", minimum=100)
+    limit_column: int = _setting(100, "SQLITE_LIMIT_COLUMN.", minimum=1)
+    limit_expr_depth: int = _setting(100, "SQLITE_LIMIT_EXPR_DEPTH.", minimum=1)
+    limit_parser_depth: int = _setting(200, "SQLITE_LIMIT_PARSER_DEPTH.", minimum=10)
+    limit_compound_select: int = _setting(50, "SQLITE_LIMIT_COMPOUND_SELECT.", minimum=1)
+    limit_vdbe_op: int = _setting(100_000, "SQLITE_LIMIT_VDBE_OP.", minimum=1000)
+    limit_function_arg: int = _setting(32, "SQLITE_LIMIT_FUNCTION_ARG.", minimum=1)
+    limit_attached: int = _setting(0, "SQLITE_LIMIT_ATTACHED; raised to 1 for a plain VACUUM alone.", minimum=0)
+    limit_like_pattern_length: int = _setting(100, "SQLITE_LIMIT_LIKE_PATTERN_LENGTH, bytes.", minimum=1)
+    limit_variable_number: int = _setting(250, "SQLITE_LIMIT_VARIABLE_NUMBER.", minimum=1)
+    limit_trigger_depth: int = _setting(10, "SQLITE_LIMIT_TRIGGER_DEPTH.", minimum=1)
+    limit_worker_threads: int = _setting(0, "SQLITE_LIMIT_WORKER_THREADS.", minimum=0)
+
+    key_rotation_seconds: int = _setting(86_400, "Age at which the token key is replaced; the one before stays valid.", minimum=1)
+    access_log_days: int = _setting(7, "Days an access log is kept.", minimum=1)
+    log_level: str = _setting("INFO", "Operator log.", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Settings:
+        """Read every MAYFLY_* variable; raises SettingsError naming the first that is unknown or wrong."""
+        kinds = get_type_hints(cls)
+        known = {PREFIX + item.name.upper(): item for item in fields(cls)}
+        values: dict[str, Any] = {}
+        for name, text in environment.items():
+            if not name.startswith(PREFIX):
+                continue
+            if name not in known:
+                raise SettingsError(f"{name} is not a setting; docs/operations.md lists them all")
+            item = known[name]
+            try:
+                value = kinds[item.name](text)
+            except ValueError:
+                raise SettingsError(f"{name}={text!r} is not a {kinds[item.name].__name__}") from None
+            minimum, choices = item.metadata["minimum"], item.metadata["choices"]
+            if minimum is not None and not value >= minimum:
+                raise SettingsError(f"{name}={text!r} is below {minimum}")
+            if choices and value not in choices:
+                raise SettingsError(f"{name}={text!r} is not one of {', '.join(choices)}")
+            values[item.name] = value
+        return cls(**values)
+
+    @property
+    def sqlite_limits(self) -> dict[str, int]:
+        """SQLite's run-time limits by their names without `SQLITE_LIMIT_`."""
+        return {
+            item.name.removeprefix("limit_").upper(): getattr(self, item.name)
+            for item in fields(self)
+            if item.name.startswith("limit_")
+        }
+
+    @property
+    def max_request_frame_bytes(self) -> int:
+        return 2 * self.max_body_bytes
+
+    @property
+    def max_reply_frame_bytes(self) -> int:
+        return 2 * self.max_result_bytes + (64 << 10)
