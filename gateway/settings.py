@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -90,6 +91,8 @@ class Settings:
                 value = kinds[item.name](text)
             except ValueError:
                 raise SettingsError(f"{name}={text!r} is not a {kinds[item.name].__name__}") from None
+            if isinstance(value, float) and not math.isfinite(value):
+                raise SettingsError(f"{name}={text!r} is not finite")
             minimum, choices = item.metadata["minimum"], item.metadata["choices"]
             if minimum is not None and not value >= minimum:
                 raise SettingsError(f"{name}={text!r} is below {minimum}")

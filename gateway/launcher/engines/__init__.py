@@ -1,0 +1,71 @@
+"""What an engine is: something that gives an instance one sealed container and takes it away again."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from ...protocol import Verdict
+from ..specification import Command
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFacts:
+    """What `open` found, for HEALTH."""
+
+    version: str
+    runtime: str
+    image_id: str
+
+
+class Engine(Protocol):
+    """The sandbox contract.
+
+    A container means kernel facts, tested from the inside: fresh mount, pid, ipc, uts and net namespaces; a read-only root; one
+    volume at /data (nosuid, nodev, noexec); no capabilities; no_new_privs; a seccomp profile; limits on memory, processes,
+    processors and file size. A layer that the host cannot apply is a refusal, never a warning.
+
+    One container serves one run of one instance and is never used again, whatever happens in it. The caller of `run` holds the
+    instance's lease, so that no two containers of one volume exist at a time. A container outlives its run only while the engine
+    does not answer; `removal` then says what to wait for before the lease may be let go. Destroying twice is harmless, at any
+    time and from anywhere: what is already gone, or on its way, counts as destroyed.
+    """
+
+    name: str
+
+    async def open(self) -> EngineFacts:
+        """Connect, or connect again. Raises EngineDownError, ImageMissingError, or RefusedError if the host falls short."""
+
+    async def ping(self) -> None:
+        """Raises EngineDownError unless the engine answers."""
+
+    async def run(
+        self,
+        instance: uuid.UUID,
+        volume: Path,
+        caller: socket.socket,
+        started: Callable[[], None],
+        command: Command = "serve",
+    ) -> Verdict:
+        """Give the instance a container whose only way to the world is `caller`, and return how it ended.
+
+        The socket is the engine's from now on, and closed in every case: as soon as the container's output is over, before the
+        container is torn down. `started` is called at most once, when the container runs and holds the socket. A container is
+        killed at deadline plus grace, counted from the first byte of the request, or when the caller closes its end.
+        Cancelling kills the container; CancelledError is raised after it was removed. Raises EngineError if no container started.
+        On return and on every exception the container is gone, unless `removal` gives something to wait for.
+        """
+
+    def removal(self, instance: uuid.UUID) -> asyncio.Task[None] | None:
+        """What ends when the container that a run had to leave behind is gone; None when there is none."""
+
+    async def sweep(self) -> int:
+        """Remove the containers of this deployment that belong to no run of this process. Returns how many there were."""
+
+    async def close(self) -> None:
+        """Let go of the engine. Containers that still exist are left to the next start's sweep."""

@@ -1,0 +1,59 @@
+"""Deletes what has had its time: expired instances, and containers that belong to no run of this launcher.
+
+It takes the same lease as a run, without waiting, so it never deletes a volume that a container has mounted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from concurrent.futures import Executor
+
+from .engines import Engine
+from .errors import EngineError
+from .leases import Leases
+from .registry import Registry
+
+log = logging.getLogger(__name__)
+
+
+class Reaper:
+    def __init__(self, registry: Registry, leases: Leases, engine: Engine, disk: Executor, interval_seconds: float) -> None:
+        self._registry = registry
+        self._leases = leases
+        self._engine = engine
+        self._disk = disk
+        self._interval_seconds = interval_seconds
+
+    async def run(self) -> None:
+        """Sweep at every interval of the monotonic clock, until cancelled."""
+        loop = asyncio.get_running_loop()
+        due = loop.time()
+        while True:
+            await self.sweep()
+            due = max(due + self._interval_seconds, loop.time())
+            await asyncio.sleep(due - loop.time())
+
+    async def sweep(self) -> None:
+        """Once. What fails is logged and met again by the next sweep."""
+        loop = asyncio.get_running_loop()
+        try:
+            await self._engine.sweep()
+        except EngineError as error:
+            log.warning("orphans not swept: %s", error)
+        try:
+            expired = await loop.run_in_executor(self._disk, self._registry.expired)
+        except OSError as error:
+            log.warning("instances not listed: %s", error)
+            return
+        for instance in expired:
+            lease = self._leases.try_acquire(instance)
+            if lease is None:
+                continue  # in use; its lease keeps it until the next sweep
+            try:
+                await loop.run_in_executor(self._disk, self._registry.remove, instance)
+                log.info("reaped instance=%s", instance)
+            except OSError as error:
+                log.warning("not reaped instance=%s: %s", instance, error)
+            finally:
+                lease.release()

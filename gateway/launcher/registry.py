@@ -1,0 +1,172 @@
+"""Instances on disk. The folder is the registry: whatever died, what is in it is what exists.
+
+    <instances>/<uuid>/instance.json              {"v": 1, "created_at": …, "expires_at": …}; outside the mount
+    <instances>/<uuid>/volume/db.sqlite           made beforehand and writable by the runner's user; nothing else can be made here
+    <instances>/<uuid>/volume/db.sqlite-journal
+    <instances>/.new-… .gone-… .scratch-…         on the way in, on the way out, or for one self-test; never an instance
+
+A rename is the moment at which an instance begins and at which it ends. The folder above is 0700, so the files' mode 0666 is
+of use only to a container that has the volume mounted. Tenant files are never opened here: they are made, and unlinked.
+All methods block for as long as the disk takes. `create`, `remove` and `expired` are called from one thread, so they never overlap.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import secrets
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import InstanceExistsError, StorageLowError, UnknownInstanceError
+
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
+_TAKEN = {errno.EEXIST, errno.ENOTEMPTY}
+VOLUME_FILES = ("db.sqlite", "db.sqlite-journal")
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """Unix seconds."""
+
+    created_at: int
+    expires_at: int
+
+
+class Registry:
+    def __init__(self, folder: Path, *, ttl_seconds: int, min_free_bytes: int, clock: Callable[[], float] = time.time) -> None:
+        self._folder = folder
+        self._ttl_seconds = ttl_seconds
+        self._min_free_bytes = min_free_bytes
+        self._clock = clock
+        self._descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        self._count = len(self._names())
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+    @property
+    def count(self) -> int:
+        """Instances on disk, the expired but not yet reaped included."""
+        return self._count
+
+    def free_bytes(self) -> int:
+        room = os.fstatvfs(self._descriptor)
+        return room.f_bavail * room.f_frsize
+
+    def volume(self, instance: uuid.UUID) -> Path:
+        return self._folder / str(instance) / "volume"
+
+    def create(self, instance: uuid.UUID) -> Record:
+        """Make an empty instance, or leave nothing; raises InstanceExistsError or StorageLowError."""
+        if self.free_bytes() < self._min_free_bytes:
+            raise StorageLowError(f"{self.free_bytes()} bytes are free, fewer than {self._min_free_bytes}")
+        now = self._clock()
+        record = Record(int(now), math.ceil(now + self._ttl_seconds))
+        draft = f".new-{instance}"
+        try:
+            self._build(draft, record)
+            os.rename(draft, str(instance), src_dir_fd=self._descriptor, dst_dir_fd=self._descriptor)
+        except OSError as error:
+            self._delete(draft)
+            if error.errno in _NO_ROOM:
+                raise StorageLowError(f"no room: {error.strerror}") from error
+            if error.errno in _TAKEN:
+                raise InstanceExistsError(str(instance)) from error
+            raise
+        self._count += 1
+        return record
+
+    def find(self, instance: uuid.UUID) -> Record:
+        """Raises UnknownInstanceError from the very second at which the instance expires, reaped or not."""
+        record = self._read(str(instance))
+        if record is None or self._clock() >= record.expires_at:
+            raise UnknownInstanceError(str(instance))
+        return record
+
+    def expired(self) -> list[uuid.UUID]:
+        """Instances past their time, and those whose record cannot be read: nobody can use them any more."""
+        now = self._clock()
+        found = []
+        for name in self._names():
+            record = self._read(name)
+            if record is None or now >= record.expires_at:
+                found.append(uuid.UUID(name))
+        return found
+
+    def remove(self, instance: uuid.UUID) -> bool:
+        """Delete an instance; false when there was none. The caller holds its lease."""
+        gone = f".gone-{instance}-{secrets.token_hex(4)}"
+        try:
+            os.rename(str(instance), gone, src_dir_fd=self._descriptor, dst_dir_fd=self._descriptor)
+        except FileNotFoundError:
+            return False
+        self._count -= 1
+        self._delete(gone)
+        return True
+
+    def sweep_leftovers(self) -> int:
+        """Delete what was on its way in or out when a launcher died. Only at start: a draft of ours would be a leftover too."""
+        with os.scandir(self._folder) as entries:
+            leftovers = [entry.name for entry in entries if entry.name.startswith(".")]
+        for name in leftovers:
+            self._delete(name)
+        return len(leftovers)
+
+    @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """A volume like any other that is no instance's."""
+        name = f".scratch-{secrets.token_hex(4)}"
+        try:
+            self._build(name, Record(0, 0))
+            yield self._folder / name / "volume"
+        finally:
+            self._delete(name)
+
+    def _names(self) -> list[str]:
+        with os.scandir(self._folder) as entries:
+            return [entry.name for entry in entries if _is_instance(entry.name)]
+
+    def _read(self, name: str) -> Record | None:
+        try:
+            value = json.loads((self._folder / name / "instance.json").read_bytes())
+            if value["v"] != 1:
+                return None
+            return Record(int(value["created_at"]), int(value["expires_at"]))
+        except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+            return None
+
+    def _build(self, name: str, record: Record) -> None:
+        volume = self._folder / name / "volume"
+        volume.parent.mkdir(mode=0o700)
+        volume.mkdir()
+        for file in VOLUME_FILES:
+            descriptor = os.open(volume / file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC)
+            try:
+                os.fchmod(descriptor, 0o666)
+            finally:
+                os.close(descriptor)
+        volume.chmod(0o711)
+        content = {"v": 1, "created_at": record.created_at, "expires_at": record.expires_at}
+        (self._folder / name / "instance.json").write_text(json.dumps(content))
+
+    def _delete(self, name: str) -> None:
+        """By descriptor from our own folder down: no symbolic link is ever followed."""
+        try:
+            shutil.rmtree(name, dir_fd=self._descriptor)
+        except FileNotFoundError:
+            return
+
+
+def _is_instance(name: str) -> bool:
+    try:
+        return str(uuid.UUID(name)) == name
+    except ValueError:
+        return False

@@ -1,0 +1,55 @@
+"""One container of the real specification, told to confine itself and report what it saw, before any tenant gets one."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import time
+import uuid
+from typing import Any
+
+from ..protocol import MAX_DETAIL_BYTES, Verdict
+from .engines import Engine
+from .errors import RefusedError
+from .registry import Registry
+
+
+async def self_test(engine: Engine, registry: Registry) -> dict[str, Any]:
+    """The runner's facts; raises RefusedError if it could not confine itself, EngineError if it did not get that far."""
+    with registry.scratch() as volume:
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        theirs.setblocking(False)
+        with ours:
+            report = asyncio.create_task(_read(ours))
+            try:
+                verdict = await engine.run(_scratch_id(), volume, theirs, lambda: None, "selftest")
+                output = await report  # the engine has closed its end, so this ends too
+            finally:
+                report.cancel()
+                await asyncio.gather(report, return_exceptions=True)
+    try:
+        facts = json.loads(output)
+    except ValueError:
+        facts = None
+    if not isinstance(facts, dict) or verdict is not Verdict.EXITED:
+        raise RefusedError(f"the self-test gave no report (verdict {verdict.name}, {len(output)} bytes: {output[:200]!r})")
+    if "refused" in facts:
+        raise RefusedError(f"the runner cannot confine itself on this host: {facts['refused']}")
+    return facts
+
+
+async def _read(sock: socket.socket) -> bytes:
+    loop = asyncio.get_running_loop()
+    output = b""
+    while len(output) < MAX_DETAIL_BYTES // 2 and (data := await loop.sock_recv(sock, MAX_DETAIL_BYTES)):
+        output += data
+    return output[: MAX_DETAIL_BYTES // 2]
+
+
+def _scratch_id() -> uuid.UUID:
+    """A UUIDv7, as every instance's is."""
+    bits = int(time.time() * 1000) << 80 | int.from_bytes(os.urandom(10), "big")
+    return uuid.UUID(int=bits & ~(0xF << 76 | 0x3 << 62) | 0x7 << 76 | 0x2 << 62)

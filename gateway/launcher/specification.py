@@ -1,0 +1,122 @@
+"""What a runner's container is: one pure function from the settings to the body of Docker's `POST /containers/create`.
+
+Nothing else in the launcher decides anything about a container, and nothing a caller sends takes part. A golden file pins it.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from pathlib import Path
+from typing import Any, Literal
+
+from ..settings import Settings
+
+Command = Literal["serve", "selftest"]
+
+# An id that no account of a host has. Every runner has it, so there is no nproc among the limits: it counts across containers.
+RUNNER_USER = "64700:64700"
+
+# Docker's own list, which naming any path replaces, and two places that anybody in a container could write to: POSIX message
+# queues, and the triggers of the host's pressure statistics.
+MASKED_PATHS = (
+    "/proc/acpi",
+    "/proc/asound",
+    "/proc/interrupts",
+    "/proc/kcore",
+    "/proc/keys",
+    "/proc/latency_stats",
+    "/proc/sched_debug",
+    "/proc/scsi",
+    "/proc/timer_list",
+    "/proc/timer_stats",
+    "/sys/devices/virtual/powercap",
+    "/sys/firmware",
+    "/dev/mqueue",
+    "/proc/pressure",
+)
+
+LABEL_ROLE = "org.mayfly.role"
+LABEL_DEPLOYMENT = "org.mayfly.deployment"
+LABEL_INSTANCE = "org.mayfly.instance"
+
+
+def runner_configuration(settings: Settings) -> str:
+    """The one environment variable that a runner reads, as JSON."""
+    configuration = {
+        "deadline_ms": round(settings.deadline_seconds * 1000),
+        "max_request_bytes": settings.max_request_frame_bytes,
+        "max_rows": settings.max_rows,
+        "max_result_bytes": settings.max_result_bytes,
+        "instance_bytes": settings.instance_bytes,
+        "heap_bytes": settings.heap_bytes,
+        "nofile": settings.container_nofile,
+        "min_landlock_abi": settings.min_landlock_abi,
+        "sqlite_limits": settings.sqlite_limits,
+    }
+    return json.dumps(configuration, separators=(",", ":"))
+
+
+def container_specification(
+    settings: Settings,
+    instance: uuid.UUID,
+    volume: Path,
+    deployment: str,
+    seccomp_profile: str,
+    command: Command = "serve",
+) -> dict[str, Any]:
+    """The exact body. `seccomp_profile` is the profile's JSON text: the Engine API takes no path."""
+    host: dict[str, Any] = {
+        "ReadonlyRootfs": True,
+        "Privileged": False,
+        "CapDrop": ["ALL"],
+        "SecurityOpt": ["no-new-privileges", f"seccomp={seccomp_profile}"],
+        "MaskedPaths": [*MASKED_PATHS],
+        "NetworkMode": "none",
+        "IpcMode": "none",
+        "CgroupnsMode": "private",
+        "Memory": settings.container_memory_bytes,
+        "MemorySwap": settings.container_memory_bytes,  # memory and swap together: no swap
+        "OomKillDisable": False,
+        "OomScoreAdj": 1000,  # when the host itself runs short, a runner goes before anything else
+        "PidsLimit": settings.container_pids,
+        "NanoCpus": round(settings.container_cpus * 1e9),
+        "Ulimits": [
+            {"Name": "core", "Soft": 0, "Hard": 0},
+            {"Name": "fsize", "Soft": settings.instance_bytes, "Hard": settings.instance_bytes},
+            {"Name": "nofile", "Soft": settings.container_nofile, "Hard": settings.container_nofile},
+        ],
+        "LogConfig": {"Type": "none", "Config": {}},  # the reply is the tenant's data: the daemon must not keep it
+        "Mounts": [
+            {
+                "Type": "bind",
+                "Source": str(volume),
+                "Target": "/data",
+                "BindOptions": {"Propagation": "rprivate", "NonRecursive": True},
+            }
+        ],
+        "AutoRemove": False,  # how it ended is read before it goes
+        "RestartPolicy": {"Name": "no", "MaximumRetryCount": 0},
+        "Init": False,
+    }
+    if settings.docker_runtime:
+        host["Runtime"] = settings.docker_runtime
+    return {
+        "Image": settings.image,
+        "Cmd": [command],
+        "User": RUNNER_USER,
+        "Env": [f"MAYFLY_RUNNER={runner_configuration(settings)}"],
+        "WorkingDir": "/",
+        "Hostname": "runner",
+        "OpenStdin": True,
+        "StdinOnce": True,
+        "AttachStdin": True,
+        "AttachStdout": True,
+        "AttachStderr": False,
+        "Tty": False,
+        "NetworkDisabled": True,
+        "StopSignal": "SIGKILL",
+        "Healthcheck": {"Test": ["NONE"]},
+        "Labels": {LABEL_ROLE: "runner", LABEL_DEPLOYMENT: deployment, LABEL_INSTANCE: str(instance)},
+        "HostConfig": host,
+    }

@@ -1,0 +1,80 @@
+"""GET /healthz: whether a request could be served now, from the launcher's own word, asked at most once a second."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import msgspec
+
+from .. import __version__
+from ..settings import Settings
+from .drain import Drain
+from .errors import ApiError, EngineUnavailableError, LauncherUnavailableError, ShuttingDownError
+from .launcher import Launcher
+
+_FRESH_SECONDS = 1.0
+_MAX_STRING_CHARS = 200
+_MAX_NAMES = 64
+
+# What of the launcher's report is for everybody; versions, paths, ids and the words of a failure are for the operator.
+PUBLIC_KEYS = frozenset({"engine", "daemon", "runtime", "instances", "running", "selftest"})
+
+_log = logging.getLogger(__name__)
+_report = msgspec.json.Decoder(dict[str, object])
+
+Report = dict[str, object]
+
+
+class Health:
+    def __init__(self, settings: Settings, launcher: Launcher, drain: Drain) -> None:
+        self._engine = settings.engine
+        self._launcher = launcher
+        self._drain = drain
+        self._asking = asyncio.Lock()
+        self._known_until = 0.0
+        self._known: tuple[int, Report] = (503, {})
+
+    async def report(self) -> tuple[int, Report]:
+        """HTTP status and body."""
+        if self._drain.draining:
+            return self._unavailable(ShuttingDownError())
+        loop = asyncio.get_running_loop()
+        async with self._asking:
+            if loop.time() >= self._known_until:
+                self._known = await self._ask()
+                self._known_until = loop.time() + _FRESH_SECONDS
+            return self._known
+
+    async def _ask(self) -> tuple[int, Report]:
+        try:
+            told = _report.decode(await self._launcher.health())
+        except msgspec.MsgspecError:
+            return self._unavailable(LauncherUnavailableError(reason="HEALTH is not a JSON object"))
+        except ApiError as error:
+            return self._unavailable(error)
+        if told.get("trouble") is not None or told.get("daemon") == "down":
+            return self._unavailable(EngineUnavailableError(reason=f"launcher: {told.get('trouble')!r}"))
+        public = {key: value for key, value in told.items() if key in PUBLIC_KEYS and _is_public(value)}
+        return 200, {
+            "status": "ok",
+            "version": __version__,
+            "engine": self._engine,
+            **public,
+            "separation": self._launcher.separated,
+        }
+
+    def _unavailable(self, error: ApiError) -> tuple[int, Report]:
+        _log.warning("healthz: %s %s", error.code, error.reason)
+        return 503, {"status": "unavailable", "version": __version__, "reason": error.code}
+
+
+def _is_public(value: object) -> bool:
+    """Plain values, and one level of them by name."""
+    if isinstance(value, dict):
+        return len(value) <= _MAX_NAMES and all(_is_plain(item) for item in value.values())
+    return _is_plain(value)
+
+
+def _is_plain(value: object) -> bool:
+    return value is None or isinstance(value, bool | int | float) or (isinstance(value, str) and len(value) <= _MAX_STRING_CHARS)

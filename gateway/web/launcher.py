@@ -1,0 +1,263 @@
+"""The client of the launcher's socket: one SEQPACKET connection, many requests at once, told apart by their sequence.
+
+A unix socket connects or fails at once, so there is no reconnecting in the background: a call that finds no connection makes one,
+and while the launcher is down every call fails immediately. A lost connection fails everything that was outstanding on it; the
+launcher destroys what it ran for a connection that is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import os
+import socket
+import struct
+import uuid
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from ..protocol import MAX_REPLY_BYTES, MalformedPacketError, Reply, Request, Status, Verb, Verdict
+from .errors import (
+    ApiError,
+    EngineUnavailableError,
+    HostStorageLowError,
+    ImageMissingError,
+    InstanceNotFoundError,
+    InternalError,
+    LauncherUnavailableError,
+    OverloadedError,
+    RunnerFailedError,
+)
+
+_ANSWER_SECONDS = 10.0
+_NOBODY = uuid.UUID(int=0)
+_PEER = struct.Struct("3i")
+
+_T = TypeVar("_T")
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class RunCall:
+    """One RUN. `started` gives the expiry or an ApiError, `ended` the verdict or the error that ended the connection."""
+
+    started: asyncio.Future[int]
+    ended: asyncio.Future[Verdict]
+
+
+class Launcher:
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._socket: socket.socket | None = None
+        self._peer_uid = -1
+        self._sequences = itertools.count(1)
+        self._answers: dict[int, asyncio.Future[Reply]] = {}
+        self._runs: dict[int, RunCall] = {}
+        self._unsent: deque[tuple[bytes, socket.socket | None]] = deque()
+
+    @property
+    def separated(self) -> bool:
+        """Whether the launcher at the other end runs under another user than this process."""
+        return self._socket is not None and self._peer_uid != os.geteuid()
+
+    async def create(self, instance: uuid.UUID) -> int:
+        """Make an instance; the unix second of its deletion."""
+        reply = await self._ask(Verb.CREATE, instance)
+        if reply.status is not Status.DONE:
+            raise _failure(reply)
+        return reply.expires_at
+
+    async def find(self, instance: uuid.UUID) -> int | None:
+        """The unix second of an instance's deletion, or None if there is no such instance."""
+        reply = await self._ask(Verb.FIND, instance)
+        if reply.status is Status.UNKNOWN:
+            return None
+        if reply.status is not Status.DONE:
+            raise _failure(reply)
+        return reply.expires_at
+
+    async def remove(self, instance: uuid.UUID) -> None:
+        """Delete an instance; one that is gone already is a success."""
+        reply = await self._ask(Verb.REMOVE, instance)
+        if reply.status not in (Status.DONE, Status.UNKNOWN):
+            raise _failure(reply)
+
+    async def health(self) -> str:
+        """The launcher's JSON object, not yet parsed."""
+        reply = await self._ask(Verb.HEALTH, _NOBODY)
+        if reply.status is not Status.DONE:
+            raise _failure(reply)
+        return reply.detail
+
+    def run(self, instance: uuid.UUID, passed: socket.socket) -> RunCall:
+        """Ask for a container that holds `passed`, which is closed here in every case."""
+        loop = asyncio.get_running_loop()
+        call = RunCall(loop.create_future(), loop.create_future())
+        for future in (call.started, call.ended):
+            future.add_done_callback(_seen)
+        sequence = next(self._sequences)
+        self._send(Request(Verb.RUN, sequence, instance).pack(), passed)
+        self._runs[sequence] = call
+        return call
+
+    def close(self) -> None:
+        """Fail what is outstanding and drop the connection. The next call would connect again."""
+        self._lose("closed")
+
+    async def _ask(self, verb: Verb, instance: uuid.UUID) -> Reply:
+        sequence = next(self._sequences)
+        self._send(Request(verb, sequence, instance).pack(), None)
+        answer: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        self._answers[sequence] = answer
+        try:
+            async with asyncio.timeout(_ANSWER_SECONDS):
+                return await answer
+        except TimeoutError:
+            raise LauncherUnavailableError(reason=f"no answer to {verb.name} in {_ANSWER_SECONDS:.0f} s") from None
+
+    def _connected(self) -> socket.socket:
+        if self._socket is not None:
+            return self._socket
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+        try:
+            connection.connect(str(self._path))
+            peer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
+        except OSError as error:
+            connection.close()
+            raise LauncherUnavailableError(reason=f"{self._path}: {error.strerror}") from None
+        self._peer_uid = _PEER.unpack(peer)[1]
+        asyncio.get_running_loop().add_reader(connection, self._receive)
+        self._socket = connection
+        return connection
+
+    def _send(self, packet: bytes, passed: socket.socket | None) -> None:
+        try:
+            connection = self._connected()
+        except LauncherUnavailableError:
+            if passed is not None:
+                passed.close()
+            raise
+        self._unsent.append((packet, passed))
+        if len(self._unsent) == 1:
+            self._flush()
+            if self._unsent:
+                asyncio.get_running_loop().add_writer(connection, self._flush)
+        if self._socket is None:
+            raise LauncherUnavailableError(reason="the connection broke while sending")
+
+    def _flush(self) -> None:
+        connection = self._socket
+        while connection is not None and self._unsent:
+            packet, passed = self._unsent[0]
+            try:
+                if passed is None:
+                    connection.send(packet)
+                else:
+                    socket.send_fds(connection, [packet], [passed.fileno()])
+            except BlockingIOError:
+                return
+            except OSError as error:
+                self._lose(error.strerror or "send failed")
+                return
+            self._unsent.popleft()
+            if passed is not None:
+                passed.close()
+        if connection is not None:
+            asyncio.get_running_loop().remove_writer(connection)
+
+    def _receive(self) -> None:
+        while self._socket is not None:
+            try:
+                # recv and not recvmsg: a descriptor sent to us is dropped by the kernel.
+                packet = self._socket.recv(MAX_REPLY_BYTES + 1)
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError as error:
+                self._lose(error.strerror or "receive failed")
+                return
+            if not packet:
+                self._lose("closed by the launcher")
+                return
+            try:
+                self._dispatch(Reply.unpack(packet))
+            except MalformedPacketError as error:
+                self._lose(f"malformed packet: {error}")
+                return
+
+    def _dispatch(self, reply: Reply) -> None:
+        answer = self._answers.pop(reply.sequence, None)
+        if answer is not None:
+            if not answer.done():
+                answer.set_result(reply)
+            return
+        call = self._runs.get(reply.sequence)
+        if call is None:
+            raise MalformedPacketError("an answer to nothing")
+        if reply.status is Status.STARTED:
+            _resolve(call.started, reply.expires_at)
+            return
+        del self._runs[reply.sequence]
+        if reply.status is Status.ENDED:
+            _reject(call.started, RunnerFailedError(reason=f"ended before it started: {reply.verdict.name}"))
+            _resolve(call.ended, reply.verdict)
+            return
+        failure = _failure(reply)
+        _reject(call.started, failure)
+        _reject(call.ended, failure)
+
+    def _lose(self, reason: str) -> None:
+        connection, self._socket = self._socket, None
+        if connection is not None:
+            loop = asyncio.get_running_loop()
+            loop.remove_reader(connection)
+            loop.remove_writer(connection)
+            connection.close()
+            _log.warning("connection to the launcher lost: %s", reason)
+        for _, passed in self._unsent:
+            if passed is not None:
+                passed.close()
+        self._unsent.clear()
+        answers, self._answers = self._answers, {}
+        runs, self._runs = self._runs, {}
+        for answer in answers.values():
+            _reject(answer, LauncherUnavailableError(reason=reason))
+        for call in runs.values():
+            _reject(call.started, LauncherUnavailableError(reason=reason))
+            _reject(call.ended, LauncherUnavailableError(reason=reason))
+
+
+def _failure(reply: Reply) -> ApiError:
+    reason = f"launcher: {reply.status.name} {reply.detail!r}"
+    match reply.status:
+        case Status.UNKNOWN:
+            return InstanceNotFoundError()
+        case Status.ENGINE_DOWN:
+            return EngineUnavailableError(reason=reason)
+        case Status.IMAGE_MISSING:
+            return ImageMissingError(reason=reason)
+        case Status.STORAGE_LOW:
+            return HostStorageLowError(reason=reason)
+        case Status.BUSY:
+            return OverloadedError(reason=reason)
+        case _:
+            return InternalError(reason=reason)
+
+
+def _resolve(future: asyncio.Future[_T], value: _T) -> None:
+    if not future.done():
+        future.set_result(value)
+
+
+def _reject(future: asyncio.Future[Reply] | asyncio.Future[int] | asyncio.Future[Verdict], error: ApiError) -> None:
+    if not future.done():
+        future.set_exception(error)
+
+
+def _seen(future: asyncio.Future[int] | asyncio.Future[Verdict]) -> None:
+    """Mark an exception as looked at: a call whose caller hung up has nobody to raise it to."""
+    if not future.cancelled():
+        future.exception()

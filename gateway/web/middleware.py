@@ -1,0 +1,126 @@
+"""What every answer has in common: an id, one line in the access log, one form of error, one set of headers."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import traceback
+
+from aiohttp import web
+from aiohttp.typedefs import Handler
+
+from .appkeys import ACCESS_LOG
+from .errors import (
+    NO_REQUEST_ID,
+    ApiError,
+    BadRequestError,
+    InstanceNotFoundError,
+    InternalError,
+    MethodNotAllowedError,
+    NotFoundError,
+    ServiceError,
+)
+from .exchange import EXCHANGE, Exchange
+
+# nginx's number for a caller that hung up; it is never sent, only logged.
+CLIENT_CLOSED = 499
+
+COMMON_HEADERS = {
+    "Access-Control-Allow-Origin": "*",
+    "Access-Control-Expose-Headers": (
+        "X-Walkin-Session, X-Walkin-TTL, RateLimit-Limit, RateLimit-Remaining, RateLimit-Reset, Retry-After, X-Request-ID"
+    ),
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'; sandbox",
+    "Cross-Origin-Resource-Policy": "cross-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+
+_log = logging.getLogger(__name__)
+
+
+@web.middleware
+async def logged(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Outermost: begins the exchange, and writes its line however it ends."""
+    log = request.app[ACCESS_LOG]
+    at = log.now()
+    exchange = request[EXCHANGE] = Exchange()
+    status = InternalError.status
+    try:
+        response = await handler(request)
+        status = response.status
+        return response
+    except asyncio.CancelledError:
+        status = CLIENT_CLOSED
+        raise
+    finally:
+        log.record(
+            at=at,
+            source_ip=request.remote or "",
+            instance=exchange.instance,
+            method=request.method,
+            status=status,
+            sql_bytes=exchange.sql_bytes,
+            user_agent=request.headers.get("User-Agent", ""),
+        )
+
+
+@web.middleware
+async def enveloped(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Turns every failure into the one envelope; tells the operator of those that are ours."""
+    exchange = request[EXCHANGE]
+    try:
+        response = await handler(request)
+    except ApiError as error:
+        return _refuse(exchange, error)
+    except web.HTTPException as error:
+        return _refuse(exchange, _routing_error(error))
+    except Exception as error:
+        return _refuse(exchange, InternalError(reason=where(error)))
+    response.headers.update(exchange.headers)
+    return response
+
+
+async def finish_headers(request: web.Request, response: web.StreamResponse) -> None:
+    """The last word on every answer's headers, on_response_prepare."""
+    response.headers.update(COMMON_HEADERS)
+    response.headers.setdefault("X-Request-ID", request[EXCHANGE].request_id)
+    response.headers.pop("Server", None)
+
+
+def where(error: BaseException) -> str:
+    """An exception's class and the places it passed. Its message is left out: it can quote what the tenant sent."""
+    frames = traceback.extract_tb(error.__traceback__)[-6:]
+    places = " < ".join(f"{frame.filename.rsplit('/', 1)[-1]}:{frame.lineno} {frame.name}" for frame in reversed(frames))
+    return f"{type(error).__name__} at {places}"
+
+
+def _refuse(exchange: Exchange, error: ApiError) -> web.Response:
+    request_id, headers = exchange.request_id, {**exchange.headers, **error.headers}
+    if isinstance(error, InstanceNotFoundError):
+        # The same bytes and headers for every token failure: no id, no counters, no expiry.
+        request_id, headers, exchange.instance = NO_REQUEST_ID, {}, None
+    if isinstance(error, ServiceError):
+        _log.log(
+            logging.ERROR if error.status == InternalError.status else logging.WARNING,
+            "%s %d %s %s",
+            request_id,
+            error.status,
+            error.code,
+            error.reason,
+        )
+    headers["X-Request-ID"] = request_id
+    return web.Response(status=error.status, body=error.body(request_id), content_type="application/json", headers=headers)
+
+
+def _routing_error(error: web.HTTPException) -> ApiError:
+    match error:
+        case web.HTTPMethodNotAllowed():
+            return MethodNotAllowedError(headers={"Allow": ", ".join(sorted(error.allowed_methods))})
+        case web.HTTPNotFound():
+            return NotFoundError()
+        case web.HTTPClientError():
+            return BadRequestError()
+        case _:
+            return InternalError(reason=where(error))

@@ -1,0 +1,48 @@
+"""How long each mode measures what."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Seconds unless named otherwise; 0 leaves a part out."""
+
+    rounds: int = 0
+    """Of the side-by-side comparison."""
+    side_by_side_budget: float = 0.0
+    """After this no further round begins."""
+    concurrencies: tuple[int, ...] = (1, 8, 32)
+    window: float = 1.5
+    """Of Mayfly and of bare Docker."""
+    short_window: float = 0.6
+    """Of the sides that answer in about a millisecond."""
+    agents: float = 0.0
+    """All segments together."""
+    agent_segments: int = 2
+    think: float = 1.0
+    """Mean pause of an agent between an answer and its next request."""
+    saturation: float = 0.0
+    recovery: float = 90.0
+    """Longest wait for the service to be itself again."""
+
+
+PLANS = {
+    "quick": Plan(rounds=3, side_by_side_budget=170, agents=24, saturation=14, recovery=40),
+    "full": Plan(rounds=5, side_by_side_budget=780, window=4, short_window=1.5, agents=120, agent_segments=4, saturation=30),
+    "agents": Plan(agents=120, agent_segments=4),
+    "saturation": Plan(saturation=30),
+    "smoke": Plan(
+        rounds=1,
+        side_by_side_budget=60,
+        concurrencies=(1, 2),
+        window=0.3,
+        short_window=0.1,
+        agents=2,
+        agent_segments=1,
+        think=0.1,
+        saturation=1.5,
+        recovery=20,
+    ),
+}

@@ -1,0 +1,24 @@
+"""The runner: what one container runs for one request, on one database. Untrusted from the first byte of SQL.
+
+Theory of operation
+-------------------
+A runner is born with three things: its mode in argv, its limits in one environment variable, and one volume at /data that
+holds two files. It ends within a deadline, after at most one answer.
+
+    configuration   MAYFLY_RUNNER → Configuration; then the environment is emptied
+    confine         drops everything the process will not need, for good: landlock, seccomp, rlimits. A layer that cannot be
+                    applied is the answer `unconfined`, and nothing is read
+    wire            one request frame from descriptor 0; the deadline's clock starts when its last byte is here
+    database        opens /data/db.sqlite with every switch set and read back; policy holds the tables
+    execute         the script, statement by statement; failures says what each exception means
+    wire            one reply frame to descriptor 1, and the process ends
+
+Beside the main thread there is one more, the watchdog. It interrupts SQLite at the deadline, and when that does not help it
+gives the answer `timeout` itself and ends the process. Above both stands a kill from outside, which is not the runner's.
+
+What the layers are for: `policy` keeps SQL inside one database and inside its limits. `confine` holds when SQLite itself is
+taken over: then the process can still read and write two capped files and say something on descriptor 1, where everything is
+taken for hostile input. Nothing of the tenant's is ever written anywhere else; there is no log.
+
+Only the standard library and apsw are imported, all of it before the confinement, because after it no file can be opened.
+"""

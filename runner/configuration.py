@@ -1,0 +1,99 @@
+"""What the launcher tells a runner: one JSON object in MAYFLY_RUNNER. Every key is required and no other is known."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from .policy import LIMITS, OPTIONAL_LIMITS, PAGE_BYTES
+
+_JOURNAL_HEADER_BYTES = 64 * 1024
+_JOURNAL_RECORD_BYTES = 8
+_REPLY_ENVELOPE_BYTES = 64 * 1024
+_MAX_INT = 2**31 - 1
+
+_MINIMUM: dict[str, int] = {
+    "deadline_ms": 1,
+    "max_request_bytes": 1,
+    "max_rows": 1,
+    "max_result_bytes": 1,
+    "instance_bytes": 1 << 20,
+    "heap_bytes": 1 << 20,
+    "nofile": 8,
+    "min_landlock_abi": 0,
+}
+
+
+class ConfigurationError(ValueError):
+    """MAYFLY_RUNNER is missing or is not of the documented form."""
+
+
+@dataclass(frozen=True, slots=True)
+class Configuration:
+    deadline_ms: int
+    """From the last byte of the request to the first of the reply."""
+    max_request_bytes: int
+    max_rows: int
+    max_result_bytes: int
+    """Bytes of the rows as JSON."""
+    instance_bytes: int
+    """Largest size of the database's file, and of its journal."""
+    heap_bytes: int
+    """SQLite's own memory."""
+    nofile: int
+    min_landlock_abi: int
+    sqlite_limits: Mapping[str, int]
+    """By their names without `SQLITE_LIMIT_`."""
+
+    @classmethod
+    def parse(cls, text: str | None) -> Configuration:
+        """Read the variable's text; raises ConfigurationError naming what is wrong."""
+        if text is None:
+            raise ConfigurationError("MAYFLY_RUNNER is not set")
+        try:
+            document = json.loads(text, object_pairs_hook=_object)
+        except (ValueError, RecursionError):
+            raise ConfigurationError("MAYFLY_RUNNER is not a JSON object with distinct keys") from None
+        values = _exactly(document, frozenset(item.name for item in fields(cls)), frozenset(), "MAYFLY_RUNNER")
+        limits = _exactly(values.pop("sqlite_limits"), LIMITS - OPTIONAL_LIMITS, OPTIONAL_LIMITS, "sqlite_limits")
+        for name, value in values.items():
+            _integer(name, value, _MINIMUM[name])
+        for name, value in limits.items():
+            _integer(f"sqlite_limits.{name}", value, 0)
+        return cls(**values, sqlite_limits=limits)
+
+    @property
+    def max_pages(self) -> int:
+        """Pages of a full database, such that a journal of all of them still fits under `instance_bytes`.
+
+        Otherwise a full database could not be deleted from, because each page's old content goes to the journal first.
+        """
+        return (self.instance_bytes - _JOURNAL_HEADER_BYTES) // (PAGE_BYTES + _JOURNAL_RECORD_BYTES)
+
+    @property
+    def max_reply_bytes(self) -> int:
+        return 2 * self.max_result_bytes + _REPLY_ENVELOPE_BYTES
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    document = dict(pairs)
+    if len(document) != len(pairs):
+        raise ValueError("a key is repeated")
+    return document
+
+
+def _exactly(document: Any, required: frozenset[str], optional: frozenset[str], where: str) -> dict[str, Any]:
+    if type(document) is not dict:
+        raise ConfigurationError(f"{where} is not an object")
+    if missing := required - document.keys():
+        raise ConfigurationError(f"{where} lacks {', '.join(sorted(missing))}")
+    if unknown := document.keys() - required - optional:
+        raise ConfigurationError(f"{where} has unknown keys: {', '.join(sorted(unknown))}")
+    return document
+
+
+def _integer(name: str, value: Any, minimum: int) -> None:
+    if type(value) is not int or not minimum <= value <= _MAX_INT:
+        raise ConfigurationError(f"{name} is not an integer from {minimum} to {_MAX_INT}")

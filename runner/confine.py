@@ -1,0 +1,206 @@
+"""Confinement: how an ordinary process becomes one that can compute, read and write two files, answer, and end.
+
+`STEPS` is the whole of it, in order. Each step is total: it applies its layer in full or raises, and whatever it raises leaves as
+UnconfinedError, so nothing is ever read by a process that lacks a layer. The order has reasons:
+
+* `process` looks first, because later steps close the view of /proc. Landlock does not reach threads that run already, so
+  there must be only one.
+* `privileges` gives up gaining any (needed by Landlock and seccomp), and hides the process from ptrace and /proc.
+* `descriptors` and `limits` need calls that the filter takes away.
+* `landlock` comes before the watchdog, whose thread inherits it.
+* `watchdog` comes before `threads`, which forbids any further thread or process, and before `seccomp`, which has no clone.
+* `seccomp` is last and covers the watchdog's thread too. It stands even where an earlier layer has a hole, and they where it has.
+
+What the runner would open later must be open, loaded or seeded before: modules, and SQLite's random generator, which without
+/dev/urandom falls back to the second and the process id, the same in every container.
+
+Address space is not limited: the watchdog's malloc arena alone reserves 64 MiB of it, so a bound that lets SQLite have its
+heap bounds nothing that the container's memory limit does not.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from . import landlock, seccomp, syscalls
+
+if TYPE_CHECKING:
+    from .configuration import Configuration
+
+DATA = "/data"
+FILES = (f"{DATA}/db.sqlite", f"{DATA}/db.sqlite-journal")
+
+_PR_GET_DUMPABLE, _PR_SET_DUMPABLE = 3, 4
+_PR_SET_NO_NEW_PRIVS, _PR_GET_NO_NEW_PRIVS = 38, 39
+_CPU_MARGIN_SECONDS = 2
+
+
+class UnconfinedError(Exception):
+    """A layer of the confinement cannot be applied; the reason is for the operator."""
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What was applied."""
+
+    steps: tuple[str, ...] = ()
+    landlock_abi: int = 0
+    """0: the kernel has no Landlock and the settings allow that."""
+    seccomp_syscalls: int = 0
+    """How many system calls are left."""
+    rlimits: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What is to be applied."""
+
+    configuration: Configuration
+    start_watchdog: Callable[[], None]
+    """Starts the one further thread; returns when it runs."""
+
+
+Step = Callable[[Order, Facts], Facts]
+
+
+def _process(order: Order, facts: Facts) -> Facts:
+    status = _read_status()
+    for identity in ("Uid", "Gid"):
+        if "0" in status[identity].split():
+            raise UnconfinedError(f"runs as root: {identity} {status[identity]}")
+    if "0" in status["Groups"].split():
+        raise UnconfinedError("is in root's group")
+    for capabilities in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
+        if int(status[capabilities], 16):
+            raise UnconfinedError(f"holds capabilities: {capabilities} {status[capabilities]}")
+    for name, wanted, meaning in (
+        ("NoNewPrivs", "1", "the container was started without no-new-privileges"),
+        ("Seccomp", "2", "the container was started without a seccomp profile"),
+        ("Threads", "1", "threads run already"),
+    ):
+        if status[name] != wanted:
+            raise UnconfinedError(f"{meaning}: {name} {status[name]}")
+    if not os.statvfs("/").f_flag & os.ST_RDONLY:
+        raise UnconfinedError("the root file system is writable")
+    lacking = ~os.statvfs(DATA).f_flag
+    for flag, option in ((os.ST_NOSUID, "nosuid"), (os.ST_NODEV, "nodev"), (os.ST_NOEXEC, "noexec")):
+        if lacking & flag:
+            raise UnconfinedError(f"{DATA} is not mounted {option}")
+    if interfaces := _interfaces() - {"lo"}:
+        raise UnconfinedError(f"a network is attached: {', '.join(sorted(interfaces))}")
+    return facts
+
+
+def _read_status() -> dict[str, str]:
+    with open("/proc/self/status", encoding="utf-8", errors="replace") as file:
+        return {name: value.strip() for name, _, value in (line.partition(":") for line in file)}
+
+
+def _interfaces() -> set[str]:
+    with open("/proc/self/net/dev", encoding="utf-8") as file:  # two lines of headings
+        return {line.partition(":")[0].strip() for line in file.readlines()[2:]}
+
+
+def _privileges(order: Order, facts: Facts) -> Facts:
+    syscalls.invoke("prctl", _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    syscalls.invoke("prctl", _PR_SET_DUMPABLE, 0, 0, 0, 0)
+    if syscalls.invoke("prctl", _PR_GET_NO_NEW_PRIVS, 0, 0, 0, 0) != 1 or syscalls.invoke("prctl", _PR_GET_DUMPABLE, 0, 0, 0, 0):
+        raise UnconfinedError("no_new_privs does not hold")
+    return facts
+
+
+def _descriptors(order: Order, facts: Facts) -> Facts:
+    """Keep the request's and the reply's. Standard error would be a way to fill the host's disk with logs."""
+    nowhere = os.open("/dev/null", os.O_WRONLY | os.O_CLOEXEC)
+    os.dup2(nowhere, 2)
+    syscalls.invoke("close_range", 3, 0xFFFFFFFF, 0)
+    return facts
+
+
+def _limits(order: Order, facts: Facts) -> Facts:
+    configuration = order.configuration
+    return _limit(
+        facts,
+        {
+            "FSIZE": configuration.instance_bytes,
+            "NOFILE": configuration.nofile,
+            # The kernel's own deadline, should neither the watchdog nor the launcher kill: whole seconds, start-up included.
+            "CPU": -(-configuration.deadline_ms // 1000) + _CPU_MARGIN_SECONDS,
+            "CORE": 0,
+            "MEMLOCK": 0,
+            "MSGQUEUE": 0,
+        },
+    )
+
+
+def _landlock(order: Order, facts: Facts) -> Facts:
+    abi, minimum = landlock.abi(), order.configuration.min_landlock_abi
+    if abi < minimum:
+        found = f"the kernel has Landlock ABI {abi}" if abi else "the kernel has no Landlock"
+        raise UnconfinedError(f"{found}, and MAYFLY_MIN_LANDLOCK_ABI asks for {minimum}")
+    if abi:
+        landlock.restrict(FILES, abi)
+    return replace(facts, landlock_abi=abi)
+
+
+def _watchdog(order: Order, facts: Facts) -> Facts:
+    order.start_watchdog()
+    return facts
+
+
+def _threads(order: Order, facts: Facts) -> Facts:
+    """NPROC counts every process of the user on the host, runners of other requests too, so the only dependable value is none."""
+    return _limit(facts, {"NPROC": 0})
+
+
+def _limit(facts: Facts, wanted: Mapping[str, int]) -> Facts:
+    applied = {}
+    for name, value in wanted.items():
+        kind: int = getattr(resource, f"RLIMIT_{name}")
+        hard = resource.getrlimit(kind)[1]
+        applied[name] = value if hard == resource.RLIM_INFINITY else min(value, hard)  # a hard limit can only be lowered
+        resource.setrlimit(kind, (applied[name], applied[name]))
+    return replace(facts, rlimits={**facts.rlimits, **applied})
+
+
+def _seccomp(order: Order, facts: Facts) -> Facts:
+    machine = syscalls.machine()
+    seccomp.install(seccomp.build(machine))
+    return replace(facts, seccomp_syscalls=len(syscalls.numbers(syscalls.ALLOWED, machine)))
+
+
+STEPS: tuple[tuple[str, Step], ...] = (
+    ("process", _process),
+    ("privileges", _privileges),
+    ("descriptors", _descriptors),
+    ("limits", _limits),
+    ("landlock", _landlock),
+    ("watchdog", _watchdog),
+    ("threads", _threads),
+    ("seccomp", _seccomp),
+)
+
+
+def confine(configuration: Configuration, start_watchdog: Callable[[], None]) -> Facts:
+    """Apply every step, for good. Raises UnconfinedError; the process is then of no further use.
+
+    `start_watchdog` starts the watchdog's thread and returns once that thread runs Python code: what a thread does to come up
+    is more than the filter allows."""
+    return apply(STEPS, Order(configuration, start_watchdog))
+
+
+def apply(steps: Iterable[tuple[str, Step]], order: Order) -> Facts:
+    facts = Facts()
+    for name, step in steps:
+        try:
+            facts = step(order, facts)
+        except UnconfinedError:
+            raise
+        except Exception as error:
+            raise UnconfinedError(f"{name}: {error}") from error
+        facts = replace(facts, steps=(*facts.steps, name))
+    return facts

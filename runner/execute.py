@@ -1,0 +1,239 @@
+"""Running a script, one statement at a time, and building the reply.
+
+apsw compiles a statement, calls the tracer below, and then runs it, on and on to the end of the text. Here every statement but
+the last is run alone: the tracer stops the first attempt when more text follows, which tells where the statement ends, and that
+part is run by itself. So there is a moment before each statement and one after it, in which rows, changes and the authorizer's
+notes belong to this statement alone; and a result that is cut does not take the statements after it along.
+
+Each statement commits by itself unless the script says BEGIN, as SQLite does. What ran before an error stays.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import apsw
+
+from .configuration import Configuration
+from .database import PATH, Database, open_database
+from .failures import verdict_of
+from .policy import ROW_ACTIONS
+from .wire import (
+    Arguments,
+    Request,
+    ResultFullError,
+    RowEncoder,
+    Verdict,
+    VerdictError,
+    encode_columns,
+    encode_result,
+)
+
+# What SQLite sees as nothing: white space, semicolons, comments. Atomic groups, so that it takes linear time on any text.
+_BLANK = re.compile(r"(?>[ \t\r\n\f;]++|--[^\n]*+|/\*(?s:(?>.*?\*/|.*)))*+")
+
+_CHANGES = {apsw.SQLITE_INSERT, apsw.SQLITE_UPDATE, apsw.SQLITE_DELETE}
+
+
+def run_request(
+    request: Request,
+    configuration: Configuration,
+    expired: Callable[[], bool],
+    watch: Callable[[apsw.Connection | None], None],
+    path: str = PATH,
+) -> bytes:
+    """Open, execute, close: the inside of the `ok` reply. Raises VerdictError for every other, apsw.Error when opening fails.
+
+    `expired` tells whether the deadline has passed. `watch` is told which connection to interrupt then, and None before it closes.
+    """
+    database = open_database(configuration, expired, path)
+    watch(database.connection)
+    try:
+        return execute(database, request, expired)
+    except VerdictError as verdict:
+        watch(None)
+        database.close()
+        if isinstance(verdict.__cause__, apsw.FullError) and database.host_is_full():
+            raise VerdictError(Verdict.HOST_FULL) from verdict
+        raise
+    finally:
+        watch(None)
+        database.close()
+
+
+def execute(database: Database, request: Request, expired: Callable[[], bool]) -> bytes:
+    """The inside of the `ok` reply. Raises VerdictError for any other; what caused it is its `__cause__`."""
+    script = _Script(database, request, expired)
+    try:
+        return script.run()
+    except Exception as error:
+        verdict = verdict_of(error, database.guard.refused, database.connection.system_errno)
+        if verdict.verdict is Verdict.MEMORY_LIMIT and script.too_complex():
+            verdict = VerdictError(Verdict.TOO_COMPLEX, "the program of a statement is too long")
+        raise verdict from error
+
+
+class _Script:
+    def __init__(self, database: Database, request: Request, expired: Callable[[], bool]) -> None:
+        self._connection = database.connection
+        self._guard = database.guard
+        self._configuration = database.configuration
+        self._request = request
+        self._expired = expired
+        self._args_used = 0
+        self._args_wanted: int | None = None
+        """How many values the statement takes, where a first attempt has told."""
+        self._names_used: set[str] = set()
+        self._columns: bytes | None = None
+        self._rows: list[bytes] = []
+        self._truncated = False
+        self._rows_affected = 0
+        # Of the statement at hand:
+        self._text = ""
+        self._is_last = True
+        self._started = False
+        self._end: int | None = None
+        self._has_rows = False
+        self._counts = False
+
+    def run(self) -> bytes:
+        self._check_text()
+        rest, end = self._request.sql, self._attempt(self._request.sql, is_last=True)
+        while end is not None:
+            self._attempt(rest[:end], is_last=False)
+            rest, self._args_wanted = rest[end:], None
+            end = self._attempt(rest, is_last=True)
+        if self._connection.in_transaction:
+            raise VerdictError(Verdict.SQL_ERROR, "transaction left open; it was rolled back")
+        reply = encode_result(self._columns, self._rows, self._rows_affected, self._truncated)
+        self._check_time()
+        if len(reply) > self._configuration.max_reply_bytes:
+            raise VerdictError(Verdict.SQL_ERROR, "the names of the columns are too long")
+        return reply
+
+    def too_complex(self) -> bool:
+        """Whether the statement that ran out of memory while it was compiled does compile without the limit on its program.
+
+        SQLite reports VDBE_OP as "out of memory". Only compiles, and the heap limit stays.
+        """
+        if self._started:
+            return False
+        self._connection.limit(apsw.SQLITE_LIMIT_VDBE_OP, 0x7FFFFFFF)
+        cursor = self._connection.cursor()
+        cursor.exec_trace = lambda *_: False
+        try:
+            cursor.execute(self._text, self._bindings())
+        except apsw.ExecTraceAbort:
+            return True
+        except Exception:
+            return False
+        return False
+
+    def _attempt(self, text: str, is_last: bool) -> int | None:
+        """Run the statement in `text`, or, where more than it is in there, return where it ends."""
+        self._text, self._is_last = text, is_last
+        self._started, self._end, self._has_rows, self._counts = False, None, False, False
+        before = self._connection.total_changes()
+        self._guard.begin()
+        cursor = self._connection.cursor()
+        cursor.exec_trace = self._trace
+        try:
+            self._fetch(cursor.execute(text, self._bindings()))
+        except apsw.ExecTraceAbort:
+            return self._end
+        except (apsw.BindingsError, KeyError) as error:
+            if self._started:
+                raise
+            raise VerdictError(Verdict.ARGS_INVALID, _misfit(error, self._request.args)) from None
+        finally:
+            self._attach_limit(self._configuration.sqlite_limits["ATTACHED"])
+        if self._counts and self._connection.total_changes() > before:
+            self._rows_affected += self._connection.changes()
+        return None
+
+    def _trace(self, cursor: apsw.Cursor, statement: str, bindings: Any) -> bool:
+        """Between compiling and running: False stops the attempt."""
+        if self._started:
+            return True  # the blank end of the text
+        self._check_time()
+        tail = self._text[len(statement) :]
+        if tail and not _BLANK.fullmatch(tail):
+            self._end, self._args_wanted = len(statement), cursor.bindings_count
+            return False
+        self._account(cursor)
+        self._started = True
+        if not cursor.has_vdbe:
+            return True
+        actions = self._guard.actions
+        self._counts = not cursor.is_explain and bool(actions & _CHANGES) and actions <= ROW_ACTIONS
+        if not actions and not cursor.is_readonly and not cursor.is_explain:
+            # It writes and asked for nothing: VACUUM, or a REINDEX of nothing. VACUUM attaches while it runs, and what is
+            # compiled meanwhile is SQLite's own. VACUUM INTO attaches too, but by the name of a file.
+            self._guard.vacuums = True
+            self._attach_limit(max(1, self._configuration.sqlite_limits["ATTACHED"]))
+        if names := [column[0] for column in cursor.get_description()]:
+            self._has_rows = True
+            self._columns, self._rows, self._truncated = encode_columns(names), [], False
+        return True
+
+    def _fetch(self, cursor: apsw.Cursor) -> None:
+        if not self._has_rows:
+            for _ in cursor:  # steps over the blank end of the text
+                pass
+            return
+        rows, room, most = self._rows, self._configuration.max_result_bytes, self._configuration.max_rows
+        encode = RowEncoder(room, self._request.int64_as_string).encode
+        try:
+            for row in cursor:
+                if len(rows) == most:
+                    raise ResultFullError
+                line = encode(row)
+                room -= len(line) + 1
+                if room < 0:
+                    raise ResultFullError
+                rows.append(line)
+        except ResultFullError:
+            # The changes of INSERT … RETURNING are complete before its first row, and are committed by the close.
+            self._truncated = True
+            cursor.close(True)
+
+    def _bindings(self) -> Arguments:
+        args = self._request.args
+        if not isinstance(args, list):
+            return args
+        return args[self._args_used :] if self._args_wanted is None else args[self._args_used : self._args_used + self._args_wanted]
+
+    def _account(self, cursor: apsw.Cursor) -> None:
+        args = self._request.args
+        if isinstance(args, list):
+            self._args_used += cursor.bindings_count
+            if self._is_last and self._args_used < len(args):
+                raise VerdictError(Verdict.ARGS_INVALID, f"{len(args)} values given, the statements take {self._args_used}")
+        elif args:
+            self._names_used.update(name for name in cursor.bindings_names if name is not None)
+            if self._is_last and (unused := args.keys() - self._names_used):
+                raise VerdictError(Verdict.ARGS_INVALID, f"no statement takes {', '.join(sorted(unused))}")
+
+    def _attach_limit(self, value: int) -> None:
+        self._connection.limit(apsw.SQLITE_LIMIT_ATTACHED, value)
+
+    def _check_text(self) -> None:
+        sql, most = self._request.sql, self._configuration.sqlite_limits["SQL_LENGTH"]
+        if len(sql.encode("utf-8")) > most:
+            raise VerdictError(Verdict.TOO_COMPLEX, f"sql is longer than {most} bytes")
+        if "\0" in sql:  # a text ends there for SQLite, so what follows would be dropped unread
+            raise VerdictError(Verdict.SQL_ERROR, "sql holds a NUL character")
+
+    def _check_time(self) -> None:
+        if self._expired():
+            raise VerdictError(Verdict.TIMEOUT)
+
+
+def _misfit(error: Exception, args: Arguments) -> str:
+    if isinstance(error, KeyError):
+        return f"args has no value for {error.args[0]}"
+    if isinstance(args, list):
+        return f"{len(args)} values given, the statements take another number"
+    return "a statement takes values, and there are no args" if args is None else "a parameter has no name, and args is an object"

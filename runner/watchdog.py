@@ -1,0 +1,65 @@
+"""The thread that keeps the deadline when SQLite does not look at the clock.
+
+At the deadline it interrupts SQLite, again and again, because an interrupt that falls between two statements is forgotten. A
+single opcode can outlast that: then, after a grace, the watchdog gives the answer itself and ends the process. Whoever holds
+`_answer` may write to the reply's descriptor, and nobody lets go of it, so there is never more than one answer.
+
+The thread is started before the seccomp filter, and from then on needs clocks and futexes alone.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from time import monotonic
+from typing import NoReturn
+
+import apsw
+
+GRACE_SECONDS = 0.25
+_REPEAT_SECONDS = 0.01
+
+
+class Watchdog:
+    """Started once, armed once; `give_up` writes the `timeout` reply and ends the process."""
+
+    def __init__(self, give_up: Callable[[], NoReturn]) -> None:
+        self._give_up = give_up
+        self._armed = threading.Event()
+        self._done = threading.Event()
+        self._answer = threading.Lock()
+        self._guarded = threading.Lock()
+        self._connection: apsw.Connection | None = None
+        self._deadline = 0.0
+
+    def start(self) -> None:
+        """Start the thread; returns when it runs."""
+        threading.Thread(target=self._run, name="watchdog", daemon=True).start()
+
+    def arm(self, deadline: float) -> None:
+        """Watch from now on; `deadline` is an instant of the monotonic clock."""
+        self._deadline = deadline
+        self._armed.set()
+
+    def guard(self, connection: apsw.Connection | None) -> None:
+        """What is to be interrupted. None, before a connection is closed: interrupting a closed one is undefined."""
+        with self._guarded:
+            self._connection = connection
+
+    def claim_answer(self) -> None:
+        """Take the right to answer. Does not return when the watchdog has it: the process ends first."""
+        self._answer.acquire()
+        self._done.set()
+
+    def _run(self) -> None:
+        self._armed.wait()
+        if self._done.wait(self._deadline - monotonic()):
+            return
+        while monotonic() < self._deadline + GRACE_SECONDS:
+            with self._guarded:
+                if self._connection is not None:
+                    self._connection.interrupt()
+            if self._done.wait(_REPEAT_SECONDS):
+                return
+        if self._answer.acquire(blocking=False):
+            self._give_up()

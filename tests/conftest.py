@@ -1,0 +1,39 @@
+"""Fixtures for tests against a whole deployment. A failed test shows the operator's logs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+
+import pytest
+
+from .deployment import Client, Deployment, client_of, deployed
+
+
+@pytest.fixture(scope="session")
+def mayfly() -> Iterator[Deployment]:
+    with deployed() as deployment:
+        yield deployment
+
+
+@pytest.fixture
+async def client(mayfly: Deployment) -> AsyncIterator[Client]:
+    async with client_of(mayfly) as client:
+        yield client
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    deployment = getattr(item, "funcargs", {}).get("mayfly")
+    if report.failed and isinstance(deployment, Deployment):
+        report.sections.append(("operator's logs", deployment.logs()[-8000:]))
+    return report
+
+
+def eventually(true: Callable[[], bool], seconds: float = 20.0) -> None:
+    """Wait until a fact of another process holds; fails after a bound that no healthy machine needs."""
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.02)

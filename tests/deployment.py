@@ -1,0 +1,156 @@
+"""A whole Mayfly, brought up by infra/up and taken down by infra/down as an operator would, and a client for its HTTP API."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import docker
+
+REPO = Path(__file__).resolve().parent.parent
+UNLIMITED = {"MAYFLY_RATE_REQUESTS_PER_MINUTE": "0", "MAYFLY_RATE_CREATES_PER_MINUTE": "0"}
+
+
+@dataclass
+class Deployment:
+    """Settings as MAYFLY_* variables; `start` and `stop` may be called again and again."""
+
+    settings: dict[str, str]
+    state: Path
+    address: str
+    environment: dict[str, str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        own = {"MAYFLY_STATE_DIR": str(self.state), "MAYFLY_LISTEN": self.address, "MAYFLY_MIN_FREE_BYTES": "0"}
+        self.environment = {**os.environ, **UNLIMITED, **own, **self.settings}
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.address}"
+
+    def start(self) -> None:
+        done = subprocess.run([REPO / "infra/up", "-d"], env=self.environment, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(done.stderr + self.logs())
+
+    def stop(self) -> None:
+        subprocess.run([REPO / "infra/down"], env=self.environment, check=True, capture_output=True)
+
+    def pid(self, name: str) -> int:
+        return int((self.state / "operator" / f"{name}.pid").read_text())
+
+    def logs(self) -> str:
+        return "\n".join(f"--- {path}\n{path.read_text()}" for path in sorted((self.state / "operator").glob("*.log")))
+
+    def access_log(self) -> list[dict[str, Any]]:
+        lines = [path.read_text() for path in sorted((self.state / "log").glob("access-*.jsonl"))]
+        return [json.loads(line) for line in "".join(lines).splitlines()]
+
+    def docker(self) -> contextlib.closing[docker.APIClient]:
+        return contextlib.closing(docker.APIClient(self.settings.get("MAYFLY_DOCKER_SOCKET", "unix:///var/run/docker.sock")))
+
+    def containers(self) -> list[dict[str, Any]]:
+        """The inspected containers of this deployment, running or not."""
+        label = (self.state / "launcher" / "deployment-id").read_text().strip()
+        with self.docker() as client:
+            found = client.containers(all=True, filters={"label": f"org.mayfly.deployment={label}"})
+            inspected = []
+            for container in found:
+                try:
+                    inspected.append(client.inspect_container(container["Id"]))
+                except docker.errors.NotFound:
+                    continue
+            return inspected
+
+    def instances(self) -> set[str]:
+        return {path.name for path in (self.state / "instances").iterdir() if not path.name.startswith(".")}
+
+
+def free_address() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+@contextmanager
+def deployed(state: Path | None = None, **settings: str) -> Iterator[Deployment]:
+    """A running deployment in a folder of its own; `settings` are named without MAYFLY_."""
+    own = state is None
+    folder = Path(tempfile.mkdtemp(prefix="mayfly-")) if state is None else state
+    folder.chmod(0o755)
+    variables = {f"MAYFLY_{name.upper()}": value for name, value in settings.items()}
+    deployment = Deployment(variables, folder, free_address())
+    try:
+        deployment.start()
+        yield deployment
+    finally:
+        deployment.stop()
+        if own:
+            shutil.rmtree(folder)
+
+
+@dataclass(frozen=True)
+class Answer:
+    status: int
+    body: dict[str, Any]
+    headers: Any
+    raw: bytes
+
+
+@dataclass
+class Client:
+    """One caller. Keeps its session token as an agent would."""
+
+    http: aiohttp.ClientSession
+    url: str
+    token: str | None = None
+
+    async def sql(self, sql: str, args: Any = None, **more: Any) -> Answer:
+        body: dict[str, Any] = {"sql": sql, **more}
+        if args is not None:
+            body["args"] = args
+        return await self.post(json.dumps(body).encode())
+
+    async def post(self, body: bytes, **headers: str) -> Answer:
+        headers = {"Content-Type": "application/json", **headers}
+        if self.token:
+            headers["X-Walkin-Session"] = self.token
+        async with self.http.post(f"{self.url}/sql", data=body, headers=headers) as response:
+            raw = await response.read()
+            self.token = response.headers.get("X-Walkin-Session", self.token)
+            return Answer(response.status, json.loads(raw), response.headers.copy(), raw)
+
+    async def rows(self, sql: str, args: Any = None, **more: Any) -> list[list[Any]]:
+        answer = await self.sql(sql, args, **more)
+        assert answer.status == 200, answer.body
+        return answer.body["rows"]
+
+    def another(self) -> Client:
+        return Client(self.http, self.url)
+
+
+@asynccontextmanager
+async def client_of(deployment: Deployment) -> AsyncIterator[Client]:
+    timeout = aiohttp.ClientTimeout(total=120)
+    async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as http:
+        yield Client(http, deployment.url)
+
+
+def assert_error(answer: Answer, status: int, code: str, text: str | None = None) -> None:
+    """The one envelope that every error has."""
+    assert (answer.status, answer.body.get("code")) == (status, code), answer.body
+    assert set(answer.body) <= {"error", "code", "request_id", "hint"}
+    assert answer.body["request_id"] == answer.headers["X-Request-ID"]
+    if text is not None:
+        assert answer.body["error"] == text

@@ -1,0 +1,250 @@
+"""What a container of one request looks like from the inside, and what a compromised runner in it would try.
+
+It stands in the runner's place: same entry, same user, same volume. The order is one line of JSON on standard input, the report one
+JSON object on standard output; `do` names a function of `ORDERS`. `survey` looks twice, before and after the runner's own confinement.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import stat
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path += ["/opt/mayfly", "/opt/mayfly/probes"]
+
+from runner import confine
+from runner.configuration import Configuration
+from runner.watchdog import Watchdog
+
+MOST_DESCRIPTORS = 4096
+NAMESPACES = ("mnt", "pid", "ipc", "uts", "net", "cgroup")
+CGROUP_FILES = {  # first the name of version 2, then that of version 1 with its controller's folder
+    "memory": ("memory.max", "memory/memory.limit_in_bytes"),
+    "memory_and_swap": ("memory.swap.max", "memory/memory.memsw.limit_in_bytes"),
+    "pids": ("pids.max", "pids/pids.max"),
+    "cpu": ("cpu.max", "cpu,cpuacct/cpu.cfs_quota_us", "cpu/cpu.cfs_quota_us"),
+    "cpu_period": ("cpu,cpuacct/cpu.cfs_period_us", "cpu/cpu.cfs_period_us"),
+}
+
+
+def witnesses() -> list[int]:
+    """Descriptors of what the kernel says about this process: read on when nothing can be opened any more."""
+    return [os.open(f"/proc/self/{name}", os.O_RDONLY | os.O_CLOEXEC) for name in ("status", "limits")]
+
+
+def confined() -> list[int]:
+    """Apply the runner's own confinement, all of it, and return witnesses from just before Landlock."""
+    found: list[int] = []
+
+    def open_witnesses(_: confine.Order, facts: confine.Facts) -> confine.Facts:
+        found.extend(witnesses())
+        return facts
+
+    steps = list(confine.STEPS)
+    steps.insert([name for name, _ in steps].index("landlock"), ("witnesses", open_witnesses))
+    configuration = Configuration.parse(os.environ["MAYFLY_RUNNER"])
+    confine.apply(steps, confine.Order(configuration, Watchdog(lambda: os._exit(3)).start))
+    return found
+
+
+def outcome(attempt: Any, *arguments: Any) -> str:
+    try:
+        attempt(*arguments)
+    except OSError as error:
+        return errno.errorcode[error.errno or 0]
+    return "done"
+
+
+# --- the survey
+
+
+def survey(order: dict[str, Any]) -> dict[str, Any]:
+    everything = tree()
+    before = {
+        "status": parse_status(Path("/proc/self/status").read_bytes()),
+        "namespaces": {name: os.readlink(f"/proc/self/ns/{name}") for name in NAMESPACES},
+        "mounts": mounts(),
+        "environment": dict(os.environ),
+        "started_with": {name: Path(f"/proc/self/{name}").read_text() for name in ("environ", "cmdline")},
+        "descriptors": descriptors(),
+        "processes": sorted(int(name) for name in os.listdir("/proc") if name.isdigit()),
+        "interfaces": [line.split(":")[0].strip() for line in Path("/proc/self/net/dev").read_text().splitlines()[2:]],
+        "routes": routes(),
+        "socket": outcome(open_socket),
+        "hostname": os.uname().nodename,
+        "cgroup": cgroup(),
+        "devices": {path: device(path) for path, mode in everything if stat.S_ISCHR(mode) or stat.S_ISBLK(mode)},
+        "sockets": [path for path, mode in everything if stat.S_ISSOCK(mode)],
+        "privileged_files": [path for path, mode in everything if stat.S_ISREG(mode) and mode & (stat.S_ISUID | stat.S_ISGID)],
+        "writable": writable(everything),
+        "elsewhere": outcome(read_elsewhere),
+    }
+    witness = confined() if order["confine"] else witnesses()
+    status, limits = (os.pread(descriptor, 1 << 16, 0) for descriptor in witness)
+    after = {
+        "status": parse_status(status),
+        "limits": {line[:25].strip(): line[25:].split()[:2] for line in limits.decode().splitlines()[1:]},
+        "descriptors": [number for number in descriptors() if number not in witness],
+        "writable": writable(everything),
+        "elsewhere": outcome(read_elsewhere),
+        "process_folder": outcome(read_own_process),
+    }
+    return {"before": before, "after": after}
+
+
+def parse_status(text: bytes) -> dict[str, str]:
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in text.decode().splitlines())}
+
+
+def mounts() -> list[dict[str, Any]]:
+    found = []
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        left, _, right = line.partition(" - ")
+        fields = left.split()
+        found.append({"point": fields[4], "options": fields[5].split(","), "type": right.split()[0]})
+    return found
+
+
+def descriptors() -> list[int]:
+    return [number for number in range(MOST_DESCRIPTORS) if is_open(number)]
+
+
+def is_open(number: int) -> bool:
+    try:
+        fcntl.fcntl(number, fcntl.F_GETFD)
+    except OSError:
+        return False
+    return True
+
+
+def routes() -> list[str]:
+    """IPv4's table has a heading; IPv6's own routes on lo lead nowhere."""
+    net = Path("/proc/self/net")
+    found = (net / "route").read_text().splitlines()[1:] if (net / "route").exists() else []
+    if (net / "ipv6_route").exists():
+        found += [line for line in (net / "ipv6_route").read_text().splitlines() if line.split()[-1] != "lo"]
+    return found
+
+
+def open_socket() -> None:
+    import socket
+
+    socket.socket().close()
+
+
+def cgroup() -> dict[str, str | None]:
+    """The limits as the container sees them; None where it sees no such file."""
+    root = Path("/sys/fs/cgroup")
+    found: dict[str, str | None] = {}
+    for limit, names in CGROUP_FILES.items():
+        there = [root / name for name in names if (root / name).exists()]
+        found[limit] = there[0].read_text().strip() if there else None
+    return found
+
+
+def device(path: str) -> str:
+    found = os.lstat(path)
+    return f"{'c' if stat.S_ISCHR(found.st_mode) else 'b'} {os.major(found.st_rdev)}:{os.minor(found.st_rdev)}"
+
+
+def tree() -> list[tuple[str, int]]:
+    """Every path with its mode, symbolic links not followed, without the folders of processes (they are this process's own)."""
+    found = [(path, os.lstat(path).st_mode) for path in confine.FILES if os.path.exists(path)]  # their folder cannot be listed
+    for folder, folders, files in os.walk("/"):
+        if folder == "/proc":
+            folders[:] = [name for name in folders if not name.isdigit()]
+        for path in [folder, *(os.path.join(folder, name) for name in files)]:
+            try:
+                found.append((path, os.lstat(path).st_mode))
+            except OSError:
+                continue
+    return list(dict.fromkeys(found))
+
+
+def writable(everything: list[tuple[str, int]]) -> list[str]:
+    """Where something can be written: files that open for writing, folders in which a new file can be made. The flags are those that
+    the second filter lets through."""
+    found = []
+    for path, mode in everything:
+        if stat.S_ISDIR(mode):
+            target, flags = os.path.join(path, "mayfly-probe"), os.O_WRONLY | os.O_CREAT
+        elif stat.S_ISREG(mode):
+            target, flags = path, os.O_WRONLY
+        else:
+            continue
+        try:
+            os.close(os.open(target, flags | os.O_NOFOLLOW | os.O_CLOEXEC))
+        except OSError:
+            continue
+        found.append(path)
+    return found
+
+
+def read_elsewhere() -> None:
+    os.close(os.open(sys.executable, os.O_RDONLY | os.O_CLOEXEC))
+
+
+def read_own_process() -> None:
+    """Its mount table names the volume's path on the host."""
+    os.close(os.open("/proc/self/mountinfo", os.O_RDONLY | os.O_CLOEXEC))
+
+
+# --- limits, by their effect
+
+
+def eat(order: dict[str, Any]) -> dict[str, Any]:
+    """Touch that much memory."""
+    held = [bytearray(b"x" * (1 << 20)) for _ in range(order["mebibytes"])]
+    return {"mebibytes": len(held)}
+
+
+def multiply(order: dict[str, Any]) -> dict[str, Any]:
+    """Start threads, which count as processes do, until there is no more or `most` is reached; and try a child process."""
+    hold = threading.Event()
+    started = 0
+    try:
+        for _ in range(order["most"]):
+            threading.Thread(target=hold.wait, daemon=True).start()
+            started += 1
+    except RuntimeError:
+        pass
+    return {"threads": started + 1, "fork": outcome(fork)}
+
+
+def fork() -> None:
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+
+
+def burn(order: dict[str, Any]) -> dict[str, Any]:
+    """The share of one processor that is to be had over some time."""
+    wall, cpu = time.monotonic(), time.process_time()
+    while time.monotonic() - wall < order["seconds"]:
+        pass
+    return {"share": (time.process_time() - cpu) / (time.monotonic() - wall)}
+
+
+def main() -> None:
+    from compromised import attack
+
+    line = bytearray()
+    while not line.endswith(b"\n"):
+        line += os.read(0, 1) or sys.exit("no order")
+    order = json.loads(line)
+    orders = {"survey": survey, "eat": eat, "multiply": multiply, "burn": burn, "attack": attack}
+    report = json.dumps(orders[order["do"]](order)).encode()
+    while report:
+        report = report[os.write(1, report) :]
+    os._exit(0)
+
+
+main()

@@ -1,0 +1,268 @@
+"""Hostile scripts and malformed databases: whatever comes, one valid answer in time, the same again, and no neighbour touched."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import json
+import os
+import random
+import signal
+import struct
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import pytest
+
+from gateway.launcher.registry import Registry
+from gateway.protocol import Status, Verb, Verdict
+from gateway.settings import Settings
+from gateway.web.body import Statement
+from gateway.web.runner import decode_reply, exchange, request_frame
+
+from . import corpus
+from .containers import Probes, probes_beside_the_runner, profile_with
+from .launcher_harness import Client, containers_of, launched, uuid7
+from .sealed import sealed_disk
+
+SETTINGS = Settings()
+SECONDS = SETTINGS.deadline_seconds + SETTINGS.grace_seconds + 1
+SAMPLE = 60
+DAMAGED = 210
+SEED = 20240901
+
+FOR_THE_PARENT = ("clone", "wait4", "pipe2", "poll", "kill", "dup")
+"""What the probe needs to have children; the runner's own filter takes it from them again."""
+
+_RECORD = struct.Struct("!IiI")
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    seconds: float
+    status: int
+    """As os.waitpid tells it."""
+    stream: bytes
+
+    def verdict(self) -> str:
+        """Of a stream that is exactly one valid frame, in time, from a runner that ended by itself; else what is wrong with it."""
+        if os.WIFSIGNALED(self.status):
+            return f"! {signal.Signals(os.WTERMSIG(self.status)).name} after {self.seconds:.1f} s"
+        if self.seconds > SECONDS:
+            return f"! {self.seconds:.1f} s"
+        if self.stream[:4] != (len(self.stream) - 4).to_bytes(4, "big"):
+            return f"! {len(self.stream)} bytes that are no frame, exit code {os.waitstatus_to_exitcode(self.status)}"
+        if len(self.stream) - 4 > SETTINGS.max_reply_frame_bytes:
+            return f"! a frame of {len(self.stream) - 4} bytes"
+        try:
+            decode_reply(self.stream[4:], "number")
+        except Exception as error:
+            return f"! {error!r} {error}"
+        reply = json.loads(self.stream[4:])
+        if reply["verdict"] in ("internal", "unconfined", "request_invalid"):
+            return f"! {reply['verdict']}: {reply.get('message')}"
+        return str(reply["verdict"])
+
+
+@pytest.fixture(scope="module")
+def cases() -> list[corpus.Case]:
+    if missing := corpus.missing():
+        reason = f"the hostile corpora are not there: {', '.join(map(str, missing))}; MAYFLY_CORPUS names their folder"
+        if corpus.CHOSEN or os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return list(corpus.cases())
+
+
+@pytest.fixture(scope="module")
+def probes() -> Iterator[Probes]:
+    with probes_beside_the_runner() as probes:
+        yield probes
+
+
+def frame(sql: str) -> bytes:
+    return request_frame(Statement(sql=sql, args=None, int64="number"), SETTINGS.max_request_frame_bytes)
+
+
+def run_all(probes: Probes, state: Path, cases: Sequence[corpus.Case], runs: int, containers: int = 2) -> list[list[list[Answer]]]:
+    """Every case `runs` times, dealt out to a few containers: by case, by run, by request."""
+
+    def run(share: Sequence[corpus.Case], folder: Path, volume: Path) -> Iterator[list[list[Answer]]]:
+        folder.mkdir()
+        with (folder / "cases.jsonl").open("w") as lines:
+            for case in share:
+                frames = [base64.b64encode(frame(sql)).decode() for sql in case.requests]
+                files = {"database": base64.b64encode(case.database).decode(), "journal": base64.b64encode(case.journal).decode()}
+                lines.write(json.dumps({**files, "frames": frames}) + "\n")
+        mounts = [
+            {"Type": "bind", "Source": str(source), "Target": target} for source, target in ((volume, "/data"), (folder, "/cases"))
+        ]
+        ended = probes.run(
+            {"runs": runs, "seconds": SECONDS},
+            probe="/corpus_probe.py",
+            seccomp=profile_with(added=FOR_THE_PARENT),
+            host={"Mounts": [mounts[0], mounts[1] | {"ReadOnly": True}], "Tmpfs": {}},
+        )
+        assert ended.exit_code == 0, ended.errors.decode(errors="replace")
+        answers = _answers(ended.output)
+        for case in share:
+            yield [[next(answers) for _ in case.requests] for _ in range(runs)]
+        assert next(answers, None) is None
+        assert {item.name for item in volume.iterdir()} == {"db.sqlite", "db.sqlite-journal"}
+
+    (state / "instances").mkdir()
+    registry = Registry(state / "instances", ttl_seconds=600, min_free_bytes=0)
+    try:
+        instances = [uuid7() for _ in range(containers + 1)]
+        for instance in instances:
+            registry.create(instance)
+        volumes = [registry.volume(instance) for instance in instances]
+    finally:
+        registry.close()
+    control = volumes.pop()
+    before = leave_content(control)
+    with ThreadPoolExecutor(containers) as pool:
+        shares = [cases[number::containers] for number in range(containers)]
+        jobs = [
+            pool.submit(lambda *job: list(run(*job)), share, state / f"cases-{number}", volumes[number])
+            for number, share in enumerate(shares)
+        ]
+        results = [job.result() for job in jobs]
+    assert fingerprint(control) == before
+    return [results[number % containers][number // containers] for number in range(len(cases))]
+
+
+def _answers(output: bytes) -> Iterator[Answer]:
+    offset = 0
+    while offset < len(output):
+        milliseconds, status, length = _RECORD.unpack_from(output, offset)
+        offset += _RECORD.size
+        yield Answer(milliseconds / 1000, status, output[offset : offset + length])
+        offset += length
+
+
+def leave_content(volume: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Something in a neighbour's volume that would show any change."""
+    for name in ("db.sqlite", "db.sqlite-journal"):
+        (volume / name).write_bytes(hashlib.sha512(name.encode()).digest() * 1000)
+    return fingerprint(volume)
+
+
+def fingerprint(volume: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    found = {}
+    for path in [volume, *volume.iterdir()]:
+        stat = path.stat()
+        content = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+        found[path.name] = content, (stat.st_mode, stat.st_uid, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_nlink)
+    return found
+
+
+def differ(first: str, second: str) -> bool:
+    """A timeout is as stable as the machine's load; every other verdict follows from the case."""
+    return first != second and "timeout" not in (first, second)
+
+
+def faults(cases: Sequence[corpus.Case], results: Sequence[list[list[Answer]]]) -> list[str]:
+    found = []
+    for case, runs in zip(cases, results, strict=True):
+        for number, answers in enumerate(zip(*runs, strict=True)):
+            verdicts = [answer.verdict() for answer in answers]
+            if any(verdict.startswith("!") for verdict in verdicts) or differ(verdicts[0], verdicts[-1]):
+                found.append(f"{case.name} {verdicts} {case.requests[number][:300]!r}")
+    return found
+
+
+def seen(results: Sequence[list[list[Answer]]]) -> Counter[str]:
+    return Counter(answer.verdict() for runs in results for run in runs for answer in run)
+
+
+def test_every_case_gets_one_valid_answer_in_time_and_the_same_again(cases, probes):
+    with sealed_disk("size=256m") as state:
+        results = run_all(probes, state, cases, runs=2)
+    wrong = faults(cases, results)
+    assert not wrong, "\n".join([f"{len(wrong)} wrong", *wrong[:20]])
+    assert {"ok", "sql_error", "forbidden", "args_invalid", "damaged"} <= set(seen(results))
+
+
+def test_damage_to_a_database_of_the_right_shape_is_no_worse(probes):
+    cases = list(corpus.damaged_copies(DAMAGED, SEED))
+    with sealed_disk("size=256m") as state:
+        results = run_all(probes, state, cases, runs=2)
+    wrong = faults(cases, results)
+    assert not wrong, "\n".join([f"{len(wrong)} wrong", *wrong[:20]])
+    verdicts = seen(results)
+    assert min(verdicts["ok"], verdicts["damaged"]) > sum(verdicts.values()) / 10, verdicts
+
+
+async def test_in_containers_of_their_own_cases_end_the_same_and_leave_neighbours_and_launcher_as_they_were(cases, probes):
+    chosen = cases if corpus.FULL else random.Random(SEED).sample(cases, SAMPLE)
+    with sealed_disk("size=256m") as state:
+        expected = await asyncio.to_thread(run_all, probes, state, chosen, 1)
+    with sealed_disk("size=256m") as state:
+        async with launched(state, image=Settings.from_environment().image, slots=4) as (launcher, client):
+            control = await client.create()
+            before = leave_content(volume_of(state, control))
+            await one_by_one(client, state, chosen[0])  # connections to the daemon are there from now on
+            at_start = launcher.descriptors(), mounts()
+            queue = iter(zip(chosen, expected, strict=True))
+            lists = await asyncio.gather(*(work_off(client, state, queue) for _ in range(4)))
+            wrong = [*chain.from_iterable(lists)]
+            assert not wrong, "\n".join([f"{len(wrong)} wrong", *wrong[:20]])
+            assert fingerprint(volume_of(state, control)) == before
+            assert (await client.health())["instances"] == 1
+            assert containers_of(launcher.deployment) == []
+            assert launcher.descriptors() <= at_start[0] + 4, "the pool's connections to the daemon, one for each run at a time"
+            assert mounts() == at_start[1]
+
+
+async def work_off(client: Client, state: Path, queue: Iterator[tuple[corpus.Case, list[list[Answer]]]]) -> list[str]:
+    wrong = []
+    for case, (expected,) in queue:
+        for answer, sql, before in zip(await one_by_one(client, state, case), case.requests, expected, strict=True):
+            if answer.startswith("!") or differ(answer, before.verdict()):
+                wrong.append(f"{case.name} {answer}, before {before.verdict()} {sql[:300]!r}")
+    return wrong
+
+
+async def one_by_one(client: Client, state: Path, case: corpus.Case) -> list[str]:
+    """Each request in a container of its own, on one instance, through the launcher."""
+    instance = await client.create()
+    volume = volume_of(state, instance)
+    (volume / "db.sqlite").write_bytes(case.database)
+    (volume / "db.sqlite-journal").write_bytes(case.journal)
+    try:
+        return [await through_the_launcher(client, instance, sql) for sql in case.requests]
+    finally:
+        await client.ask(Verb.REMOVE, instance)
+
+
+async def through_the_launcher(client: Client, instance: uuid.UUID, sql: str) -> str:
+    async with client.run(instance) as (ours, replies):
+        first = await replies.get()
+        if first.status is not Status.STARTED:
+            return f"! {first}"
+        started = time.monotonic()
+        try:
+            payload = await exchange(ours, frame(sql), SETTINGS.max_reply_frame_bytes)
+        except Exception as error:
+            return f"! {error!r}"
+        took = time.monotonic() - started
+        last = await replies.get()
+        if (last.status, last.verdict) != (Status.ENDED, Verdict.EXITED) or payload is None:
+            return f"! {last}"
+        return Answer(took, 0, len(payload).to_bytes(4, "big") + payload).verdict()
+
+
+def volume_of(state: Path, instance: uuid.UUID) -> Path:
+    return state / "instances" / str(instance) / "volume"
+
+
+def mounts() -> set[str]:
+    return {line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines() if "mayfly" in line}

@@ -1,0 +1,143 @@
+"""What breaks under a request is answered with its documented code, frees everything, and the next request works."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import subprocess
+import tempfile
+from pathlib import Path
+
+import docker
+import pytest
+
+from .conftest import eventually
+from .deployment import Client, Deployment, assert_error, client_of, deployed
+
+ENDLESS = "WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n+1 FROM c) SELECT count(*) FROM c"
+
+
+async def running_container(mayfly: Deployment) -> str:
+    while True:
+        for item in await asyncio.to_thread(mayfly.containers):
+            if item["State"]["Running"]:
+                return item["Id"]
+
+
+async def serves_again(client: Client) -> None:
+    async def asking() -> None:
+        while (answer := await client.sql("SELECT 2")).status == 503:
+            pass
+        assert answer.body["rows"] == [[2]]
+
+    await asyncio.wait_for(asking(), 30)
+
+
+async def test_a_container_killed_under_its_request_is_a_500_and_the_next_request_works(mayfly, client):
+    await client.rows("SELECT 1")
+    eventually(lambda: not mayfly.containers())
+    busy = asyncio.create_task(client.sql(ENDLESS))
+    container = await running_container(mayfly)
+    with mayfly.docker() as daemon:
+        daemon.kill(container)
+    assert_error(await busy, 500, "runner_failed")
+    assert await client.rows("SELECT 2") == [[2]]
+    eventually(lambda: not mayfly.containers())
+
+
+async def test_a_caller_who_hangs_up_leaves_no_container_and_no_lease_behind(mayfly, client):
+    await client.rows("SELECT 1")
+    eventually(lambda: not mayfly.containers())
+    busy = asyncio.create_task(client.sql(ENDLESS))
+    await running_container(mayfly)
+    busy.cancel()
+    eventually(lambda: not mayfly.containers())
+    assert await client.rows("SELECT 2") == [[2]]
+
+
+async def test_a_missing_image_is_a_503_and_heals_when_it_is_back():
+    with contextlib.closing(docker.from_env()) as daemon:
+        daemon.images.get("mayfly-runner:latest").tag("mayfly-fault:latest")
+        with deployed(image="mayfly-fault:latest") as mayfly:
+            async with client_of(mayfly) as client:
+                await client.rows("SELECT 1")
+                eventually(lambda: not mayfly.containers())
+                daemon.images.remove("mayfly-fault:latest")
+                assert_error(await client.sql("SELECT 1"), 503, "image_missing")
+                daemon.images.get("mayfly-runner:latest").tag("mayfly-fault:latest")
+                await serves_again(client)
+        daemon.images.remove("mayfly-fault:latest")
+
+
+async def test_a_runner_that_the_kernel_kills_for_memory_is_the_callers_error():
+    with deployed(heap_bytes=str(1 << 30), container_memory_bytes=str(48 << 20), limit_length=str(10**9)) as mayfly:
+        async with client_of(mayfly) as client:
+            hungry = (
+                "WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n+1 FROM c LIMIT 1000)"
+                " SELECT max(length(group_concat(hex(randomblob(200000))))) FROM c"
+            )
+            assert_error(await client.sql(hungry), 400, "memory_limit", "invalid sql: out of memory")
+            assert await client.rows("SELECT 2") == [[2]]
+            eventually(lambda: not mayfly.containers())
+
+
+async def test_sqlites_own_memory_is_bounded_before_the_kernel_has_to_kill(client):
+    hungry = (
+        "WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n+1 FROM c LIMIT 100000) SELECT n, randomblob(1000) r FROM c ORDER BY r"
+    )
+    assert_error(await client.sql(hungry), 400, "memory_limit", "invalid sql: out of memory")
+
+
+@pytest.fixture
+def small_disk():
+    folder = Path(tempfile.mkdtemp(prefix="mayfly-disk-"))
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m,mode=755", "tmpfs", folder], check=True)
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+    folder.rmdir()
+
+
+async def test_a_full_disk_refuses_writes_and_creates_and_loses_nothing(small_disk):
+    with deployed(small_disk) as mayfly:
+        async with client_of(mayfly) as client:
+            assert (await client.sql("CREATE TABLE t(x); INSERT INTO t VALUES (1)")).status == 200
+            ballast = small_disk / "operator" / "ballast"
+            with open(ballast, "wb") as file:
+                try:
+                    while True:
+                        file.write(bytes(1 << 16))
+                        file.flush()
+                except OSError:
+                    pass
+            filler = "INSERT INTO t SELECT randomblob(200000) FROM t"
+            assert_error(await client.sql(filler), 503, "host_storage_low")
+            assert_error(await client.another().sql("SELECT 1"), 503, "host_storage_low")
+            assert await client.rows("SELECT x FROM t") == [[1]]
+            ballast.unlink()
+            assert (await client.sql(filler)).status == 200
+
+
+async def test_creates_are_refused_below_the_low_water_mark_while_old_instances_are_served(mayfly, client):
+    await client.sql("CREATE TABLE t(x)")
+    with deployed(min_free_bytes=str(1 << 60)) as full:
+        async with client_of(full) as other:
+            answer = await other.sql("SELECT 1")
+            assert_error(answer, 503, "host_storage_low")
+            assert int(answer.headers["Retry-After"]) > 0
+            assert not full.instances()
+
+
+async def test_a_dead_launcher_is_a_503_and_heals(client):
+    with deployed() as mayfly:
+        async with client_of(mayfly) as own:
+            await own.rows("SELECT 1")
+            subprocess.run(["kill", "-9", str(mayfly.pid("launcher"))], check=True)
+
+            async def refused(caller: Client) -> None:
+                while (answer := await caller.sql("SELECT 1")).status == 200:
+                    pass
+                assert_error(answer, 503, "launcher_unavailable")
+
+            await asyncio.wait_for(refused(own), 20)
+            await asyncio.to_thread(mayfly.start)
+            await serves_again(own)

@@ -1,0 +1,169 @@
+"""Instances on disk: made whole or not at all, gone on the second, removed without following anything."""
+
+import os
+import stat
+from dataclasses import dataclass
+
+import pytest
+
+from gateway.launcher import state
+from gateway.launcher.errors import InstanceExistsError, RefusedError, StorageLowError, UnknownInstanceError
+from gateway.launcher.registry import Registry
+
+from .launcher_harness import uuid7
+from .sealed import sealed_directory, sealed_disk
+
+
+@dataclass
+class Clock:
+    now: float = 1_000_000.25
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def registry(tmp_path, clock):
+    registry = Registry(tmp_path, ttl_seconds=600, min_free_bytes=0, clock=clock)
+    yield registry
+    registry.close()
+
+
+def test_an_instance_is_two_empty_files_in_a_folder_nobody_can_add_to(registry, tmp_path):
+    instance = uuid7()
+    registry.create(instance)
+    volume = registry.volume(instance)
+    assert sorted(path.name for path in volume.iterdir()) == ["db.sqlite", "db.sqlite-journal"]
+    for path in volume.iterdir():
+        found = path.lstat()
+        assert (stat.S_IMODE(found.st_mode), found.st_size, found.st_nlink) == (0o666, 0, 1)
+    assert stat.S_IMODE(volume.lstat().st_mode) == 0o711
+    assert sorted(path.name for path in (tmp_path / str(instance)).iterdir()) == ["instance.json", "volume"]
+
+
+def test_an_instance_lives_to_the_second_it_was_promised(registry, clock):
+    instance = uuid7()
+    record = registry.create(instance)
+    assert record.expires_at == 1_000_601
+    clock.now = 1_000_600.999
+    assert registry.find(instance) == record
+    assert registry.expired() == []
+    clock.now = 1_000_601.0
+    with pytest.raises(UnknownInstanceError):
+        registry.find(instance)
+    assert registry.expired() == [instance]
+
+
+def test_an_id_is_used_once(registry, tmp_path):
+    instance = uuid7()
+    registry.create(instance)
+    (registry.volume(instance) / "db.sqlite").write_text("kept")
+    with pytest.raises(InstanceExistsError):
+        registry.create(instance)
+    assert (registry.volume(instance) / "db.sqlite").read_text() == "kept"
+    assert [path.name for path in tmp_path.iterdir()] == [str(instance)]
+
+
+def test_removal_is_idempotent_and_counted_once(registry, tmp_path):
+    instance = uuid7()
+    registry.create(instance)
+    assert registry.count == 1
+    assert registry.remove(instance)
+    assert not registry.remove(instance)
+    assert registry.count == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_removal_unlinks_a_symbolic_link_and_leaves_its_target(registry, tmp_path_factory):
+    treasure = tmp_path_factory.mktemp("host") / "treasure"
+    treasure.write_text("host")
+    instance = uuid7()
+    registry.create(instance)
+    (registry.volume(instance) / "folder").symlink_to(treasure.parent)
+    (registry.volume(instance) / "db.sqlite").unlink()
+    (registry.volume(instance) / "db.sqlite").symlink_to(treasure)
+    registry.remove(instance)
+    assert treasure.read_text() == "host"
+
+
+def test_another_registry_on_the_same_folder_sees_the_same_instances(registry, tmp_path, clock):
+    instances = {uuid7() for _ in range(5)}
+    for instance in instances:
+        registry.create(instance)
+    (tmp_path / ".new-half").mkdir()
+    (tmp_path / ".gone-half").mkdir()
+    again = Registry(tmp_path, ttl_seconds=1, min_free_bytes=0, clock=clock)
+    assert again.count == 5
+    assert again.sweep_leftovers() == 2
+    assert all(again.find(instance).expires_at == 1_000_601 for instance in instances)
+    again.close()
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"v": 2, "created_at": 0, "expires_at": 9999999999}', '{"v": 1}'])
+def test_an_unreadable_record_is_no_instance_and_is_reaped(registry, tmp_path, damage):
+    instance = uuid7()
+    registry.create(instance)
+    (tmp_path / str(instance) / "instance.json").write_text(damage)
+    with pytest.raises(UnknownInstanceError):
+        registry.find(instance)
+    assert registry.expired() == [instance]
+
+
+def test_below_the_low_water_mark_nothing_is_made(tmp_path):
+    registry = Registry(tmp_path, ttl_seconds=600, min_free_bytes=1 << 60)
+    with pytest.raises(StorageLowError):
+        registry.create(uuid7())
+    assert list(tmp_path.iterdir()) == []
+    registry.close()
+
+
+def test_a_disk_that_fills_up_in_the_middle_of_making_an_instance_keeps_nothing_of_it():
+    made_before = 0
+    for inodes in range(2, 9):  # the root is one: the disk is full at every step in turn
+        with sealed_disk(f"nr_inodes={inodes}") as disk:
+            registry = Registry(disk, ttl_seconds=600, min_free_bytes=0)
+            try:
+                registry.create(uuid7())
+            except StorageLowError:
+                assert list(disk.iterdir()) == []
+                made_before += 1
+            registry.close()
+    assert made_before >= 4
+
+
+def test_a_state_folder_without_the_mount_flags_is_refused_with_the_command_that_cures_it(tmp_path):
+    with pytest.raises(RefusedError, match=r"mount --bind .* && mount -o remount,bind,nosuid,nodev,noexec"):
+        state.prepare_folders(tmp_path)
+
+
+def test_a_state_folder_that_others_may_enter_is_refused():
+    with sealed_directory() as folder:
+        state.prepare_folders(folder)
+        (folder / "instances").chmod(0o755)
+        with pytest.raises(RefusedError, match="mode 700"):
+            state.prepare_folders(folder)
+
+
+def test_the_deployment_id_is_made_once_and_kept():
+    with sealed_directory() as folder:
+        state.prepare_folders(folder)
+        first = state.deployment_id(folder)
+        assert state.deployment_id(folder) == first
+        (folder / "launcher" / "deployment-id").write_text("../../etc")
+        with pytest.raises(RefusedError):
+            state.deployment_id(folder)
+
+
+def test_one_state_folder_has_one_launcher():
+    with sealed_directory() as folder:
+        state.prepare_folders(folder)
+        held = state.lock(folder)
+        with pytest.raises(RefusedError):
+            state.lock(folder)
+        os.close(held)
+        os.close(state.lock(folder))

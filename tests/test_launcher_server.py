@@ -1,0 +1,228 @@
+"""The launcher's socket under a hostile gateway: whatever is sent, it lives, leaks nothing, and its containers stay the same."""
+
+import asyncio
+import os
+import random
+import socket
+import subprocess
+import sys
+import tempfile
+import uuid
+
+import pytest
+
+from gateway.protocol import MalformedPacketError, Request, Status, Verb
+
+from .launcher_harness import Client, containers_of, eventually, frame, inspect, launched, runner_image, unframe, uuid7
+from .sealed import sealed_directory
+
+PACKETS = 10_000
+
+
+@pytest.fixture(scope="module")
+def image():
+    with runner_image() as name:
+        yield name
+
+
+@pytest.fixture
+def state(image):
+    with sealed_directory() as folder:
+        yield folder
+
+
+def connect(path):
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    sock.settimeout(20)
+    sock.connect(str(path))
+    return sock
+
+
+async def closed_by_the_launcher(sock):
+    """Whether the connection ends without another packet."""
+    sock.setblocking(False)
+    async with asyncio.timeout(20):
+        try:
+            return await asyncio.get_running_loop().sock_recv(sock, 65536) == b""
+        except ConnectionError:
+            return True
+
+
+async def specification_seen(client, deployment):
+    """What Docker was told about a live container, without what differs from run to run."""
+    instance = await client.create()
+    async with client.run(instance) as (ours, replies):
+        await asyncio.get_running_loop().sock_sendall(ours, frame(do="hang"))
+        assert (await replies.get()).status is Status.STARTED
+        (listed,) = containers_of(deployment)
+        live = inspect(listed["Id"])
+        ours.close()
+        assert (await replies.get()).status is Status.ENDED
+    await client.ask(Verb.REMOVE, instance)
+    return repr((live["Config"], live["HostConfig"], live["Path"], live["Args"])).replace(str(instance), "<instance>")
+
+
+def fuzzed(random_, instances):
+    """A packet and how many descriptors go with it: noise, or a real packet with something wrong, or a real one."""
+    packet = Request(random_.choice(list(Verb)), random_.getrandbits(64), random_.choice(instances)).pack()
+    match random_.randrange(6):
+        case 0:
+            packet = random_.randbytes(random_.randrange(1, 200))
+        case 1:
+            at = random_.randrange(len(packet))
+            packet = packet[:at] + random_.randbytes(1) + packet[at + 1 :]
+        case 2:
+            packet = packet[: random_.randrange(1, len(packet))]
+        case 3:
+            packet += random_.randbytes(random_.randrange(1, 65536 // 2))
+    return packet, random_.choice([0, 0, 0, 1, 1, 2, 3, 40])
+
+
+async def test_ten_thousand_fuzzed_packets_leave_the_launcher_as_it_was(state):
+    random_ = random.Random(20260101)
+    # Ids that do not exist: a fuzzed RUN must not cost a container start each; one that exists is run before and after.
+    instances = [uuid7() for _ in range(20)]
+    async with launched(state, deadline_seconds=50) as (launcher, client):
+        before = await specification_seen(client, launcher.deployment)
+        descriptors = launcher.descriptors()
+        offered = [end for _ in range(10) for end in os.pipe()] + [end.detach() for _ in range(10) for end in socket.socketpair()]
+        sock = connect(launcher.socket)
+        accepted = malformed = 0
+        for _ in range(PACKETS):
+            packet, count = fuzzed(random_, instances)
+            try:
+                Request.unpack(packet)
+            except MalformedPacketError:
+                malformed += 1
+            else:
+                accepted += 1
+                if packet[1] == Verb.CREATE:  # every create makes two files; a few are enough
+                    packet = packet[:1] + bytes([Verb.FIND]) + packet[2:]
+            try:
+                socket.send_fds(sock, [packet], random_.choices(offered, k=count))
+                answered = len(sock.recv(65536)) > 0
+            except (BrokenPipeError, ConnectionResetError):
+                answered = False
+            if not answered:
+                sock.close()
+                sock = connect(launcher.socket)
+        sock.close()
+        for descriptor in offered:
+            os.close(descriptor)
+        assert min(accepted, malformed) > PACKETS // 4, "the fuzzer reaches both sides of the parser"
+        assert launcher.process.poll() is None
+        assert await specification_seen(client, launcher.deployment) == before
+        await eventually(lambda: launcher.descriptors() <= descriptors)
+        replies, output = await client.do(await client.create(), do="echo")
+        assert (replies[-1].status, unframe(output)) == (Status.ENDED, {"do": "echo"})
+
+
+async def test_another_user_is_cut_off_before_a_byte_is_read(state):
+    attempt = (
+        "import os, socket, sys\n"
+        "os.setgid(65534); os.setuid(65534)\n"
+        "s = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET); s.settimeout(20); s.connect(sys.argv[1])\n"
+        "try:\n"
+        "    s.send(bytes.fromhex(sys.argv[2])); answer = s.recv(65536)\n"
+        "except (BrokenPipeError, ConnectionResetError):\n"
+        "    answer = b''\n"
+        "print(len(answer))\n"
+    )
+    instance = uuid7()
+
+    def as_nobody(path):
+        arguments = [sys.executable, "-I", "-S", "-c", attempt, str(path), Request(Verb.CREATE, 1, instance).pack().hex()]
+        return int(subprocess.run(arguments, check=True, capture_output=True, timeout=30).stdout)
+
+    async with launched(state) as (launcher, client):
+        assert await asyncio.to_thread(as_nobody, launcher.socket) == 0
+        assert (await client.ask(Verb.FIND, instance)).status is Status.UNKNOWN
+        assert "refused a connection of user 65534" in launcher.log.read_text()
+    # The control: the same attempt succeeds where the launcher serves that user, and root is then the stranger.
+    launcher.environment["MAYFLY_WEB_UID"] = "65534"
+    await launcher.start()
+    try:
+        assert await asyncio.to_thread(as_nobody, launcher.socket) > 0
+        with connect(launcher.socket) as root:
+            assert await closed_by_the_launcher(root)
+    finally:
+        await launcher.stop()
+
+
+@pytest.mark.parametrize("kind", ["none", "two", "file", "pipe", "datagram", "internet", "listening", "unconnected"])
+async def test_run_takes_one_connected_unix_stream_socket_and_nothing_else(state, kind):
+    ends = list(socket.socketpair())
+    if kind == "datagram":
+        ends += socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    internet, listening = socket.socket(), socket.socket(socket.AF_UNIX)
+    internet.bind(("127.0.0.1", 0))
+    listening.bind("\0mayfly-" + uuid.uuid4().hex)
+    listening.listen()
+    with tempfile.TemporaryFile() as file:
+        reading, writing = os.pipe()
+        offered = {
+            "none": [],
+            "two": [ends[0].fileno(), ends[1].fileno()],
+            "file": [file.fileno()],
+            "pipe": [reading],
+            "datagram": [ends[-1].fileno()],
+            "internet": [internet.fileno()],
+            "listening": [listening.fileno()],
+            "unconnected": [internet.fileno()],
+        }[kind]
+        async with launched(state) as (launcher, client):
+            instance = await client.create()
+            before = launcher.descriptors()
+            with connect(launcher.socket) as sock:
+                socket.send_fds(sock, [Request(Verb.RUN, 1, instance).pack()], offered)
+                assert await closed_by_the_launcher(sock)
+            await eventually(lambda: launcher.descriptors() <= before)
+            assert "malformed packet" in launcher.log.read_text()
+    for descriptor in (reading, writing):
+        os.close(descriptor)
+    for sock in (*ends, internet, listening):
+        sock.close()
+
+
+async def test_a_sequence_in_use_closes_the_connection_and_ends_its_runs(state):
+    async with launched(state, deadline_seconds=50) as (launcher, client):
+        instance = await client.create()
+        ours, theirs = socket.socketpair()
+        packet = Request(Verb.RUN, 7, instance).pack()
+        with ours, theirs, connect(launcher.socket) as sock:
+            ours.sendall(frame(do="hang"))
+            socket.send_fds(sock, [packet], [theirs.fileno()])
+            await eventually(lambda: len(containers_of(launcher.deployment)) == 1)
+            socket.send_fds(sock, [packet], [theirs.fileno()])
+            await eventually(lambda: "malformed packet: the sequence is in use" in launcher.log.read_text())
+            await eventually(lambda: containers_of(launcher.deployment) == [])
+        replies, _ = await client.do(instance, do="echo")
+        assert replies[-1].status is Status.ENDED
+
+
+async def test_a_gateway_that_dies_takes_its_runs_with_it(state):
+    async with launched(state, deadline_seconds=50) as (launcher, client):
+        instance = await client.create()
+        other = Client(launcher.socket)
+        async with other.run(instance) as (ours, replies):
+            await asyncio.get_running_loop().sock_sendall(ours, frame(do="hang"))
+            assert (await replies.get()).status is Status.STARTED
+            await other.close()
+            await eventually(lambda: containers_of(launcher.deployment) == [])
+        assert (await client.do(instance, do="echo"))[0][-1].status is Status.ENDED
+
+
+async def test_a_peer_that_reads_nothing_is_not_read_from_for_ever(state):
+    async with launched(state) as (launcher, client):
+        with connect(launcher.socket) as sock:
+            sock.setblocking(False)
+            for sent in range(1, 100_000):
+                try:
+                    sock.send(Request(Verb.HEALTH, sent, uuid.UUID(int=0)).pack())
+                except BlockingIOError:
+                    break
+                if sent % 50 == 0:
+                    await client.health()  # the launcher has had its turn
+            else:
+                raise AssertionError("the launcher read everything")
+        assert (await client.health())["daemon"] == "up"

@@ -1,0 +1,225 @@
+"""Opening: every switch holds, damage is named, and a killed runner leaves the state before or after."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+
+import apsw
+import pytest
+
+from runner.database import open_database
+from runner.policy import CONFIG_FLAGS, LIMITS, MODULES
+from runner.wire import Verdict, VerdictError
+
+from .runner_database import TenantDatabase
+
+
+@pytest.fixture
+def tenant(tmp_path) -> TenantDatabase:
+    return TenantDatabase(tmp_path)
+
+
+@pytest.fixture
+def opened(tenant):
+    database = open_database(tenant.configuration, lambda: False, str(tenant.path))
+    yield database
+    database.close()
+
+
+def test_every_switch_holds(opened):
+    connection = opened.connection
+    for flag, value in CONFIG_FLAGS:
+        assert connection.config(flag, -1) == value, apsw.mapping_db_config[flag]
+    for name, value in opened.configuration.sqlite_limits.items():
+        if hasattr(apsw, f"SQLITE_LIMIT_{name}"):
+            assert connection.limit(getattr(apsw, f"SQLITE_LIMIT_{name}")) == value, name
+    assert apsw.hard_heap_limit(-1) == opened.configuration.heap_bytes
+    connection.authorizer = None
+    pragmas = {
+        "page_size": 4096,
+        "journal_mode": "truncate",
+        "max_page_count": 2539,
+        "temp_store": 2,
+        "synchronous": 2,
+        "mmap_size": 0,
+        "cell_size_check": 1,
+        "trusted_schema": 0,
+        "foreign_keys": 0,
+        "recursive_triggers": 0,
+        "locking_mode": "exclusive",
+    }
+    assert {name: connection.pragma(name) for name in pragmas} == pragmas
+    modules = {name for (name,) in connection.execute("SELECT name FROM pragma_module_list")}
+    assert {name for name in modules if not name.startswith(("pragma_", "json"))} == MODULES
+
+
+def test_the_table_of_limits_knows_every_limit_of_sqlite():
+    assert {name.removeprefix("SQLITE_LIMIT_") for name in apsw.mapping_limits if isinstance(name, str)} <= LIMITS
+
+
+def test_a_limit_that_does_not_hold_is_a_refusal(tenant):
+    tenant.limited(sqlite_limits={**tenant.configuration.sqlite_limits, "TRIGGER_DEPTH": 2**31 - 1})
+    assert tenant.run("SELECT 1")["verdict"] == "unconfined"
+
+
+def test_a_missing_file_is_not_made(tenant):
+    tenant.path.unlink()
+    with pytest.raises(apsw.CantOpenError):
+        open_database(tenant.configuration, lambda: False, str(tenant.path))
+    assert not tenant.path.exists()
+
+
+def test_a_link_in_place_of_the_file_is_not_followed(tenant, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "db.sqlite"
+    elsewhere.touch()
+    tenant.path.unlink()
+    tenant.path.symlink_to(elsewhere)
+    assert tenant.run("CREATE TABLE t(a)")["verdict"] == "internal"
+    assert elsewhere.stat().st_size == 0
+
+
+def test_a_file_that_is_no_database_is_damaged(tenant):
+    tenant.path.write_bytes(b"not a database\n" * 1000)
+    assert tenant.run("SELECT 1") == {"verdict": "damaged", "message": "file is not a database"}
+
+
+def test_a_broken_page_is_damaged(tenant):
+    tenant.run("CREATE TABLE t(a); INSERT INTO t SELECT randomblob(300000)")
+    with tenant.path.open("r+b") as file:
+        file.seek(4096)
+        file.write(b"\xff" * 4096)
+    assert tenant.run("SELECT * FROM t")["verdict"] == "damaged"
+
+
+def test_a_file_with_another_page_size_is_damaged(tenant):
+    connection = apsw.Connection(str(tenant.path))
+    connection.pragma("page_size", 65536)
+    connection.execute("CREATE TABLE t(a)")
+    connection.close()
+    tenant.journal.touch()
+    assert tenant.run("SELECT 1") == {"verdict": "damaged", "message": "page_size is 65536, not 4096"}
+
+
+def test_a_file_in_wal_mode_goes_back_to_a_mode_that_makes_no_files_or_is_refused(tenant):
+    connection = apsw.Connection(str(tenant.path))
+    connection.execute("CREATE TABLE t(a); PRAGMA journal_mode=WAL; INSERT INTO t VALUES (1)")
+    connection.close()
+    tenant.journal.touch()
+    reply = tenant.run("SELECT a FROM t")
+    assert reply["verdict"] in {"ok", "damaged"}, reply
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, {here!r})
+from tests.runner_database import TenantDatabase
+tenant = TenantDatabase(Path({folder!r}))
+tenant.limited(instance_bytes=10 << 20)
+import runner.database
+original = runner.database._set_pragmas
+def small_cache(connection, configuration):  # pages reach the file before the commit, so the journal is hot
+    original(connection, configuration)
+    connection.pragma("cache_size", 10)
+runner.database._set_pragmas = small_cache
+steps = 0
+import runner.execute
+def expired():
+    global steps
+    steps += 1
+    if steps == {at}:
+        os.write(1, str(os.path.getsize({folder!r} + "/db.sqlite-journal")).encode())
+        os.kill(os.getpid(), 9)
+    return False
+from runner.wire import Request
+runner.execute.run_request(
+    Request("UPDATE t SET a = randomblob(4000)", None, False), tenant.configuration, expired, lambda _: None, str(tenant.path)
+)
+"""
+
+
+@pytest.mark.parametrize("at", [4, 6, 8])
+def test_a_runner_killed_in_the_middle_of_a_write_leaves_the_state_before_it(tenant, at):
+    count = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c LIMIT 2000)"
+    assert tenant.run(f"CREATE TABLE t(a); {count} INSERT INTO t SELECT zeroblob(4000) FROM c")["verdict"] == "ok"
+    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    program = KILLED.format(here=here, folder=str(tenant.path.parent), at=at)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == -9, done.stderr
+    assert int(done.stdout) > 4096
+    assert tenant.journal.stat().st_size > 4096
+    assert tenant.rows("PRAGMA integrity_check; SELECT count(*), total(a = zeroblob(4000)) FROM t") == [[2000, 2000.0]]
+    assert tenant.run("INSERT INTO t VALUES (1)")["verdict"] == "ok"
+    assert tenant.journal.stat().st_size == 0
+
+
+FILE_SIZE = """
+import resource, signal, sys
+from pathlib import Path
+sys.path.insert(0, {here!r})
+from tests.runner_database import TenantDatabase
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+tenant = TenantDatabase(Path({folder!r}))
+count = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c LIMIT 1000)"
+print(tenant.run(f"CREATE TABLE t(a); {{count}} INSERT INTO t SELECT randomblob(4000) FROM c")["verdict"])
+print(tenant.rows("PRAGMA integrity_check; SELECT count(*) FROM t"))
+"""
+
+
+def test_the_kernels_cap_on_a_file_is_the_same_verdict_as_sqlites_own(tenant):
+    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    program = FILE_SIZE.format(here=here, folder=str(tenant.path.parent))
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[:2] == ["storage_full", "[[0]]"]
+
+
+FULL_HOST = """
+import sys, subprocess
+from pathlib import Path
+sys.path.insert(0, {here!r})
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "none", {folder!r}], check=True)
+from tests.runner_database import TenantDatabase
+tenant = TenantDatabase(Path({folder!r}))
+count = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c LIMIT 2000)"
+print(tenant.run(f"CREATE TABLE t(a); {{count}} INSERT INTO t SELECT randomblob(4000) FROM c")["verdict"])
+print(tenant.rows("PRAGMA integrity_check; SELECT count(*) FROM t"), tenant.journal.stat().st_size)
+"""
+
+
+def test_a_host_without_room_is_told_from_a_full_instance(tenant):
+    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    program = FULL_HOST.format(here=here, folder=str(tenant.path.parent))
+    unshare = shutil.which("unshare")
+    assert unshare
+    command = [unshare, "--mount", "--map-root-user", "--", sys.executable, "-c", program]  # the mount ends with the process
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[:2] == ["host_full", "[[0]] 0"]
+
+
+def test_asking_whether_the_host_is_full_leaves_a_wanted_journal_alone(tenant):
+    database = open_database(tenant.configuration, lambda: False, str(tenant.path))
+    database.close()
+    tenant.journal.write_bytes(b"wanted")
+    assert not database.host_is_full()
+    assert tenant.journal.read_bytes() == b"wanted"
+
+
+def test_a_database_that_another_process_holds_is_a_defect_of_ours(tenant):
+    tenant.run("CREATE TABLE t(a)")
+    connection = apsw.Connection(str(tenant.path))
+    connection.execute("BEGIN EXCLUSIVE")
+    assert tenant.run("SELECT * FROM t") == {"verdict": "internal", "message": "BusyError"}
+    connection.close()
+
+
+def test_opening_refuses_with_a_verdict_of_the_closed_set(tenant):
+    tenant.limited(sqlite_limits={**tenant.configuration.sqlite_limits, "COLUMN": 2**31 - 1})
+    with pytest.raises(VerdictError) as refusal:
+        open_database(tenant.configuration, lambda: False, str(tenant.path))
+    assert refusal.value.verdict is Verdict.UNCONFINED
+    assert "SQLITE_LIMIT_COLUMN" in refusal.value.message

@@ -1,0 +1,179 @@
+"""The body of POST /sql: what is read, what is refused and in which words. Never anything but an ApiError."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gateway.web.body import parse
+from gateway.web.errors import ApiError, BodyTooLargeError, InvalidArgsError, InvalidJsonError, MissingSqlError
+from gateway.web.runner import request_frame
+
+from .fake_launcher import GOLDEN
+
+CAP = 1 << 21
+ARGUMENT_FAULTS = sorted(path.name for path in GOLDEN.glob("request-args-invalid-*.json"))
+GOOD = sorted(path.name for path in GOLDEN.glob("request-*.json") if "invalid" not in path.name)
+
+
+def typed(value):
+    """A comparison that tells 1 from 1.0 and -0.0 from 0.0."""
+    return repr(value)
+
+
+def as_body(name: str) -> bytes:
+    """A golden request without its version is a body: the text is cut, so every byte of its values stays."""
+    raw = (GOLDEN / name).read_bytes()
+    assert raw.startswith(b'{"v":1,')
+    return b"{" + raw[len(b'{"v":1,') :]
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_every_golden_request_is_written_from_its_body(name):
+    frame = request_frame(parse(as_body(name)), CAP)
+    assert int.from_bytes(frame[:4], "big") == len(frame) - 4
+    assert typed(sorted(json.loads(frame[4:]).items())) == typed(sorted(json.loads((GOLDEN / name).read_bytes()).items()))
+
+
+def test_a_whole_request_stream_is_the_golden_one():
+    stream = (GOLDEN / "frame-request-select.bin").read_bytes()
+    assert request_frame(parse(as_body("request-select.json")), CAP) == stream
+
+
+@pytest.mark.parametrize("name", ARGUMENT_FAULTS)
+def test_every_golden_fault_in_the_arguments_is_refused_before_a_container_starts(name):
+    with pytest.raises((InvalidArgsError, InvalidJsonError)) as refused:
+        parse(as_body(name))
+    assert refused.value.hint
+    if "surrogate" not in name:
+        assert isinstance(refused.value, InvalidArgsError)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"null",
+        b"[]",
+        b'"SELECT 1"',
+        b'{"sql":"SELECT 1"',
+        b'{"sql":"SELECT 1"}x',
+        b'{"sql":"SELECT 1","extra":1}',
+        b"{'sql':'SELECT 1'}",
+        b'{"sql":"a\x00b"}',
+        b'{"sql":"\xff"}',
+        b'{"sql":"\xed\xa0\x80"}',
+        b'{"sql":"\\ud800"}',
+        b'{"sql":"\\udc00\\ud800"}',
+        b'\xef\xbb\xbf{"sql":"SELECT 1"}',
+        b'{"sql":"SELECT 1","args":[NaN]}',
+        b'{"sql":"SELECT 1","args":[Infinity]}',
+        b'{"sql":"SELECT 1","args":["\\ud800"]}',
+        b'{"sql":"SELECT 1","int64":"both"}',
+        b'{"sql":"SELECT 1","int64":null}',
+        b'{"sql":"SELECT 1","args":' + b"[" * 400_000 + b"]" * 400_000 + b"}",
+        b'{"sql":"SELECT 1","args":' + b'{"a":' * 100_000,
+        b'{"sql":' + b"[" * 400_000,
+        b"[" * 400_000,
+    ],
+)
+def test_what_is_not_one_strict_object_is_invalid_json_with_a_hint(body):
+    with pytest.raises(InvalidJsonError) as refused:
+        parse(body)
+    assert refused.value.hint
+
+
+def test_the_hint_names_the_unknown_field():
+    with pytest.raises(InvalidJsonError) as refused:
+        parse(b'{"sql":"SELECT 1","sqll":1}')
+    assert "sqll" in refused.value.hint
+
+
+@pytest.mark.parametrize(
+    "body", [b"{}", b'{"sql":null}', b'{"sql":""}', b'{"sql":" \\n\\t"}', b'{"sql":1}', b'{"sql":["SELECT 1"]}', b'{"args":[1]}']
+)
+def test_sql_that_is_absent_empty_or_no_string_is_missing(body):
+    with pytest.raises(MissingSqlError):
+        parse(body)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        b'"x"',
+        b"5",
+        b"true",
+        b"[[1]]",
+        b'{"a":[1]}',
+        b'[{"a":1}]',
+        b'[{"$blob":null}]',
+        b'{"a":{"b":{"c":1}}}',
+        b"[9223372036854775808]",
+        b"[-9223372036854775809]",
+        b"[1e400]",
+        b'[{"$int":"9223372036854775808"}]',
+        b'[{"$int":"1.0"}]',
+        b'[{"$int":"+1"}]',
+        b'[{"$int":"\\u0661"}]',
+        b'[{"$int":""}]',
+        b'[{"$real":"NaN"}]',
+        b'[{"$real":"1.5"}]',
+        b'[{"$text":"AAE"}]',
+        b'[{"$text":"AAF="}]',
+        b'[{"$blob":"-_-_"}]',
+        b'[{"$blob":"A A="}]',
+    ],
+)
+def test_an_argument_without_a_documented_form_is_invalid_args(args):
+    with pytest.raises(InvalidArgsError) as refused:
+        parse(b'{"sql":"SELECT ?","args":' + args + b"}")
+    assert refused.value.hint
+
+
+def test_numbers_that_grow_past_the_frame_when_written_out_are_refused_as_too_large():
+    statement = parse(b'{"sql":"SELECT 1","args":[' + b",".join([b"1e15"] * 200_000) + b"]}")
+    with pytest.raises(BodyTooLargeError):
+        request_frame(statement, CAP)
+
+
+def test_an_argument_that_looks_like_the_envelope_stays_a_value():
+    statement = parse(b'{"sql":"SELECT ?","args":["\\"int64\\":\\"string\\""]}')
+    assert json.loads(request_frame(statement, CAP)[4:]) == {
+        "v": 1,
+        "sql": "SELECT ?",
+        "args": ['"int64":"string"'],
+        "int64": "number",
+    }
+
+
+def test_a_hint_about_arguments_does_not_take_their_text_along():
+    with pytest.raises(InvalidArgsError) as refused:
+        parse(b'{"sql":"SELECT 1","args":[{"private words":"x"}]}')
+    assert "private" not in refused.value.hint
+
+
+@given(st.binary(max_size=300))
+def test_no_bytes_raise_anything_but_an_api_error(raw):
+    with contextlib.suppress(ApiError):
+        parse(raw)
+
+
+_json = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=4),
+    max_leaves=20,
+)
+
+
+@given(sql=_json, args=_json, int64=st.sampled_from(["number", "string", None, 3]))
+def test_no_json_raises_anything_but_an_api_error_and_what_passes_arrives_unchanged(sql, args, int64):
+    try:
+        statement = parse(json.dumps({"sql": sql, "args": args, "int64": int64}).encode())
+        frame = request_frame(statement, CAP)
+    except ApiError:
+        return
+    assert typed(json.loads(frame[4:])) == typed({"v": 1, "sql": sql, "args": args, "int64": int64})

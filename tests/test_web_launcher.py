@@ -1,0 +1,154 @@
+"""The client of the launcher's socket: many calls on one connection, and what a broken peer can do to them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+
+import pytest
+
+from gateway.protocol import Reply, Status, Verb, Verdict
+from gateway.web.errors import ApiError, InstanceNotFoundError, LauncherUnavailableError, RunnerFailedError
+from gateway.web.launcher import Launcher
+from gateway.web.uuid7 import uuid7
+
+from .fake_launcher import FakeLauncher, FakeRun, until
+
+
+@pytest.fixture
+async def peer(tmp_path):
+    peer = FakeLauncher(tmp_path / "run" / "launcher.sock")
+    await peer.start()
+    yield peer
+    await peer.stop()
+
+
+@pytest.fixture
+async def launcher(peer):
+    launcher = Launcher(peer.path)
+    yield launcher
+    launcher.close()
+
+
+async def test_many_calls_share_one_connection_and_each_gets_its_own_answer(launcher, peer):
+    instances = [uuid7() for _ in range(200)]
+    ends = await asyncio.gather(*(launcher.create(instance) for instance in instances))
+    assert len(peer._connections) == 1
+    assert ends == [peer.instances[instance] for instance in instances]
+    found = await asyncio.gather(*(launcher.find(instance) for instance in [*instances, uuid7()]))
+    assert found == [*ends, None]
+
+
+async def test_removal_of_what_is_gone_is_a_success(launcher, peer):
+    await launcher.remove(uuid7())
+    peer.refusals[Verb.REMOVE] = Status.UNKNOWN
+    await launcher.remove(uuid7())
+
+
+async def test_a_run_passes_its_socket_and_closes_our_copy(launcher, peer):
+    ours, theirs = socket.socketpair()
+    with ours:
+        call = launcher.run(uuid7(), theirs)
+        assert theirs.fileno() == -1
+        ours.setblocking(False)
+        await call.started
+        await asyncio.get_running_loop().sock_sendall(ours, b"\0\0\0\2{}")
+        assert await call.ended is Verdict.EXITED
+        assert peer.requests == [{}]
+
+
+async def test_a_run_that_ends_before_it_started_is_a_failed_runner(launcher, peer):
+    async def script(run: FakeRun) -> None:
+        run.ended(Verdict.SIGNALLED)
+
+    peer.script = script
+    ours, theirs = socket.socketpair()
+    with ours:
+        call = launcher.run(uuid7(), theirs)
+        with pytest.raises(RunnerFailedError):
+            await call.started
+        assert await call.ended is Verdict.SIGNALLED
+
+
+async def test_a_run_that_is_refused_is_over(launcher, peer):
+    peer.refusals[Verb.RUN] = Status.UNKNOWN
+    ours, theirs = socket.socketpair()
+    with ours:
+        call = launcher.run(uuid7(), theirs)
+        with pytest.raises(InstanceNotFoundError):
+            await call.started
+        assert call.ended.done()
+
+
+@pytest.mark.parametrize(
+    "packet",
+    [
+        b"x",
+        b"\0" * 20,
+        b"\x01\xff" + b"\0" * 18,
+        Reply(Status.DONE, 999_999).pack(),
+        Reply(Status.DONE, 1).pack() + b"\xff" * 40_000,
+    ],
+)
+async def test_a_packet_that_breaks_the_page_ends_the_connection_and_every_call_on_it(launcher, peer, packet):
+    await launcher.find(uuid7())
+    peer.silent = {Verb.FIND}
+    waiting = [asyncio.ensure_future(launcher.find(uuid7())) for _ in range(3)]
+    await until(lambda: peer.count(Verb.FIND) == 4)
+    peer.broadcast(packet)
+    outcomes = await asyncio.gather(*waiting, return_exceptions=True)
+    assert {type(outcome) for outcome in outcomes} == {LauncherUnavailableError}
+    peer.silent = set()
+    assert await launcher.find(uuid7()) is None
+
+
+async def test_an_answer_that_does_not_come_is_waited_for_only_so_long(launcher, peer, monkeypatch):
+    monkeypatch.setattr("gateway.web.launcher._ANSWER_SECONDS", 0.05)
+    peer.silent = {Verb.FIND}
+    with pytest.raises(LauncherUnavailableError):
+        await launcher.find(uuid7())
+
+
+async def test_an_answer_after_its_caller_left_disturbs_nobody(launcher, peer):
+    peer.silent = {Verb.FIND}
+    waiting = asyncio.ensure_future(launcher.find(uuid7()))
+    await until(lambda: peer.count(Verb.FIND) == 1)
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+    peer.broadcast(Reply(Status.DONE, 1).pack())
+    peer.silent = set()
+    assert await launcher.find(uuid7()) is None
+
+
+async def test_more_than_the_socket_holds_waits_its_turn_and_leaks_no_descriptor(launcher, peer):
+    await launcher.health()
+    before = len(os.listdir("/proc/self/fd"))
+    pairs = [socket.socketpair() for _ in range(50)]
+    calls = [launcher.run(uuid7(), theirs) for _, theirs in pairs]
+    finds = [asyncio.ensure_future(launcher.find(uuid7())) for _ in range(1000)]
+    assert await asyncio.gather(*finds) == [None] * 1000
+    for ours, _ in pairs:
+        ours.close()
+    await asyncio.gather(*(call.ended for call in calls))
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+async def test_closing_fails_what_is_outstanding_and_closes_what_was_not_sent(launcher, peer):
+    before = len(os.listdir("/proc/self/fd"))
+    peer.silent = {Verb.RUN}
+    ours, theirs = socket.socketpair()
+    with ours:
+        call = launcher.run(uuid7(), theirs)
+        launcher.close()
+        with pytest.raises(ApiError):
+            await call.started
+        with pytest.raises(ApiError):
+            await call.ended
+    await until(lambda: len(os.listdir("/proc/self/fd")) <= before)
+
+
+async def test_a_launcher_of_the_same_user_is_not_called_separated(launcher):
+    assert launcher.separated is False
+    await launcher.health()
+    assert launcher.separated is False
