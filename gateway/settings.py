@@ -33,7 +33,7 @@ class Settings:
     image: str = _setting("mayfly-runner:latest", "The runner image.")
     slots: int = _setting(4, "Runners at work at once.", minimum=1)
     queue_length: int = _setting(256, "Requests that may wait for a slot; more answer 503.", minimum=0)
-    queue_timeout_seconds: float = _setting(30.0, "Longest wait for a slot or an instance; beyond it 503.", minimum=0.1)
+    queue_timeout_seconds: float = _setting(60.0, "Longest wait for a slot or an instance; beyond it 503.", minimum=0.1)
 
     ttl_seconds: int = _setting(600, "Life of an instance.", minimum=1)
     reap_interval_seconds: float = _setting(30.0, "Pause between sweeps of the reaper.", minimum=0.1)

@@ -170,7 +170,7 @@ spawn() {
     echo $! >"$operator/$name.pid"
 }
 
-alive() { grep -q '^State:[[:space:]]*[^ZX]' "/proc/$1/status" 2>/dev/null; }
+alive() { grep -qE '^State:[[:space:]]+[^ZX[:space:]]' "/proc/$1/status" 2>/dev/null; }
 
 running() {
     local pid

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import apsw
 
 from .configuration import Configuration
+from .failures import verdict_of
 from .policy import CONFIG_FLAGS, DENIED_FUNCTIONS, MODULES, PAGE_BYTES, Guard
 from .wire import Verdict, VerdictError
 
@@ -68,7 +69,7 @@ class Database:
 
 
 def open_database(configuration: Configuration, expired: Callable[[], bool], path: str = PATH) -> Database:
-    """Open and fortify. Raises apsw.Error, or VerdictError `unconfined` or `damaged`.
+    """Open and fortify. Raises VerdictError, or apsw.Error for what its class alone explains.
 
     `expired` tells whether the deadline has passed.
     """
@@ -92,6 +93,10 @@ def open_database(configuration: Configuration, expired: Callable[[], bool], pat
                 _set_limit(connection, name, value)
         guard = Guard()
         connection.authorizer = guard.authorize
+    except apsw.IOError as error:  # a journal whose rollback finds no room; the errno goes with the connection
+        verdict = verdict_of(error, None, connection.system_errno)
+        connection.close(True)
+        raise verdict from error
     except BaseException:
         connection.close(True)
         raise

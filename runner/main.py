@@ -12,7 +12,6 @@ import signal
 import sys
 from dataclasses import asdict
 from enum import IntEnum
-from pathlib import Path
 from time import monotonic
 from typing import Any, NoReturn
 
@@ -36,7 +35,7 @@ from .wire import (
 )
 
 _IN, _OUT = 0, 1
-_BUILD = Path("/opt/mayfly/build.json")
+_BUILD = "/opt/mayfly/build.json"
 
 _SELFTEST = {
     "write": Request("CREATE TABLE selftest(a); INSERT INTO selftest VALUES (?) RETURNING a; DROP TABLE selftest", [1], False),
@@ -60,6 +59,8 @@ def main() -> NoReturn:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     # One request makes no cycles worth a search, and a search would cost in the middle of it.
     gc.disable()
+    # SQLite seeds its generator from /dev/urandom, which Landlock is about to take away; only the clock and process 1 would be left.
+    apsw.randomness(8)
     modes = {"serve": serve, "selftest": selftest}
     if len(sys.argv) != 2 or sys.argv[1] not in modes:
         sys.exit(f"usage: {sys.argv[0]} {'|'.join(modes)}")
@@ -131,9 +132,11 @@ def selftest() -> NoReturn:
 
 def _build() -> dict[str, Any] | None:
     """What the image was built from, without what would not fit into a report of 16 KiB or stands in it already."""
-    if not _BUILD.exists():
+    try:
+        with open(_BUILD, encoding="utf-8") as file:
+            build = json.load(file)
+    except FileNotFoundError:
         return None
-    build = json.loads(_BUILD.read_text("utf-8"))
     return {key: value for key, value in build.items() if key not in ("builder", "compile_options")}
 
 

@@ -12,7 +12,7 @@ from .deployment import Client, Deployment, client_of, deployed
 
 @pytest.fixture(scope="session")
 def mayfly() -> Iterator[Deployment]:
-    with deployed() as deployment:
+    with deployed(queue_timeout_seconds="200") as deployment:
         yield deployment
 
 

@@ -32,7 +32,7 @@ FULL = os.environ.pop("MAYFLY_CORPUS_FULL", "") == "1"
 FOLDER = Path(CHOSEN) if CHOSEN else Path(__file__).resolve().parents[2] / "shared" / "corpus"
 
 SCRIPTS, DATABASES = "hostile_sql.jsonl.gz", "hostile_db.tar.gz"
-MAX_TABLES = 4
+MAX_TABLES = 2
 
 # Read off the raw bytes: the file may be beyond SQLite, and no process outside a container ever opens it with SQLite.
 _TABLE = re.compile(rb"CREATE\s+(?:VIRTUAL\s+)?TABLE\s+([A-Za-z_][A-Za-z_0-9]{0,40})", re.IGNORECASE)

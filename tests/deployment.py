@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -49,6 +51,15 @@ class Deployment:
 
     def pid(self, name: str) -> int:
         return int((self.state / "operator" / f"{name}.pid").read_text())
+
+    def kill(self, name: str) -> None:
+        """kill -9, and wait until it is dead."""
+        descriptor = os.pidfd_open(self.pid(name))
+        try:
+            signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+            select.select([descriptor], [], [], 30)
+        finally:
+            os.close(descriptor)
 
     def logs(self) -> str:
         return "\n".join(f"--- {path}\n{path.read_text()}" for path in sorted((self.state / "operator").glob("*.log")))

@@ -210,7 +210,7 @@ async def test_in_containers_of_their_own_cases_end_the_same_and_leave_neighbour
             control = await client.create()
             before = leave_content(volume_of(state, control))
             await one_by_one(client, state, chosen[0])  # connections to the daemon are there from now on
-            at_start = launcher.descriptors(), mounts()
+            at_start = launcher.descriptors(), mounts_under(state)
             queue = iter(zip(chosen, expected, strict=True))
             lists = await asyncio.gather(*(work_off(client, state, queue) for _ in range(4)))
             wrong = [*chain.from_iterable(lists)]
@@ -219,7 +219,7 @@ async def test_in_containers_of_their_own_cases_end_the_same_and_leave_neighbour
             assert (await client.health())["instances"] == 1
             assert containers_of(launcher.deployment) == []
             assert launcher.descriptors() <= at_start[0] + 4, "the pool's connections to the daemon, one for each run at a time"
-            assert mounts() == at_start[1]
+            assert mounts_under(state) == at_start[1]
 
 
 async def work_off(client: Client, state: Path, queue: Iterator[tuple[corpus.Case, list[list[Answer]]]]) -> list[str]:
@@ -264,5 +264,5 @@ def volume_of(state: Path, instance: uuid.UUID) -> Path:
     return state / "instances" / str(instance) / "volume"
 
 
-def mounts() -> set[str]:
-    return {line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines() if "mayfly" in line}
+def mounts_under(state: Path) -> set[str]:
+    return {line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines() if str(state) in line}

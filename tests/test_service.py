@@ -115,6 +115,14 @@ async def test_every_value_survives_the_way_through_a_table(client, value):
         assert math.copysign(1, back) == math.copysign(1, value)
 
 
+async def test_random_values_differ_between_requests_of_one_second(client):
+    async def draw():
+        return (await client.another().rows("SELECT hex(randomblob(16)), random()"))[0]
+
+    drawn = await asyncio.gather(*(draw() for _ in range(6)))
+    assert len({blob for blob, _ in drawn}) == len({number for _, number in drawn}) == 6
+
+
 async def test_integers_come_as_strings_on_request(client):
     assert await client.rows("SELECT 9007199254740993, 1.5, 'x'", int64="string") == [["9007199254740993", 1.5, "x"]]
     assert await client.rows("SELECT ?", [{"$int": "9007199254740993"}]) == [[9007199254740993]]

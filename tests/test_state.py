@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
 import time
 
 import pytest
@@ -55,7 +53,7 @@ async def test_acknowledged_writes_outlive_kill_9_of_the_processes(victims):
             while not any(item["State"]["Running"] for item in await asyncio.to_thread(mayfly.containers)):
                 pass
             for victim in victims:
-                os.kill(mayfly.pid(victim), signal.SIGKILL)
+                mayfly.kill(victim)
             await asyncio.gather(busy, return_exceptions=True)
             await asyncio.to_thread(mayfly.start)
             assert (await client.rows("SELECT min(x) FROM t")) == [[1]]

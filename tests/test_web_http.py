@@ -445,25 +445,27 @@ async def test_a_full_queue_is_a_503_with_a_time_to_retry(tmp_path):
         assert (await first).status == 200
 
 
-async def test_a_caller_that_hangs_up_closes_the_runners_socket_and_frees_everything(web):
-    closed = asyncio.Event()
+async def test_a_caller_that_hangs_up_closes_the_runners_socket_and_frees_everything(tmp_path):
+    # A deadline beyond the test: only the hang-up can end this run.
+    async with gateway(tmp_path, deadline_seconds=60.0) as web:
+        closed = asyncio.Event()
 
-    async def busy(run: FakeRun) -> None:
-        run.started()
-        await run.read_request()
-        await run.hung_up()
-        closed.set()
-        run.ended(Verdict.CANCELLED)
+        async def busy(run: FakeRun) -> None:
+            run.started()
+            await run.read_request()
+            await run.hung_up()
+            closed.set()
+            run.ended(Verdict.CANCELLED)
 
-    token = await web.token()
-    web.launcher.script = busy
-    request = asyncio.ensure_future(web.sql("SELECT 1", token))
-    await until(lambda: len(web.launcher.requests) == 2)
-    request.cancel()
-    await asyncio.wait_for(closed.wait(), 5)
-    await until(lambda: held(web) == 0)
-    web.launcher.script = replying(ok(["a"], [[1]]))
-    assert (await web.sql("SELECT 1", token)).status == 200
+        token = await web.token()
+        web.launcher.script = busy
+        request = asyncio.ensure_future(web.sql("SELECT 1", token))
+        await until(lambda: len(web.launcher.requests) == 2)
+        request.cancel()
+        await asyncio.wait_for(closed.wait(), 5)
+        await until(lambda: held(web) == 0)
+        web.launcher.script = replying(ok(["a"], [[1]]))
+        assert (await web.sql("SELECT 1", token)).status == 200
 
 
 async def test_a_caller_that_hangs_up_while_it_waits_leaves_the_queue(tmp_path):
@@ -490,19 +492,21 @@ async def test_a_caller_that_hangs_up_while_it_waits_leaves_the_queue(tmp_path):
         await until(lambda: held(web) == 0)
 
 
-async def test_an_instance_whose_maker_hung_up_is_removed_once_its_container_is_gone(web):
-    async def busy(run: FakeRun) -> None:
-        run.started()
-        await run.hung_up()
-        assert run.launcher.count(Verb.REMOVE) == 0
-        run.ended(Verdict.CANCELLED)
+async def test_an_instance_whose_maker_hung_up_is_removed_once_its_container_is_gone(tmp_path):
+    async with gateway(tmp_path, deadline_seconds=60.0) as web:
 
-    web.launcher.script = busy
-    request = asyncio.ensure_future(web.sql())
-    await until(lambda: web.launcher.count(Verb.RUN) == 1)
-    request.cancel()
-    await until(lambda: web.launcher.count(Verb.REMOVE) == 1)
-    assert web.launcher.instances == {}
+        async def busy(run: FakeRun) -> None:
+            run.started()
+            await run.hung_up()
+            assert run.launcher.count(Verb.REMOVE) == 0
+            run.ended(Verdict.CANCELLED)
+
+        web.launcher.script = busy
+        request = asyncio.ensure_future(web.sql())
+        await until(lambda: web.launcher.count(Verb.RUN) == 1)
+        request.cancel()
+        await until(lambda: web.launcher.count(Verb.REMOVE) == 1)
+        assert web.launcher.instances == {}
 
 
 async def test_fifty_requests_leave_no_descriptor_and_no_task_behind(web):

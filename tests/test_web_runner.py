@@ -18,7 +18,7 @@ from gateway.web.errors import ReplyInvalidError
 from gateway.web.runner import Ok, decode_reply, exchange
 from gateway.web.verdicts import error_without_reply, rows_or_raise
 
-from .fake_launcher import GOLDEN
+from .fake_launcher import GOLDEN, frame
 
 CAP = 1 << 20
 GOOD = sorted(
@@ -168,13 +168,13 @@ def test_every_end_without_a_reply_is_an_error_of_its_own_side():
     assert {verdict: error_without_reply(verdict).code for verdict in Verdict} == expected
 
 
-async def answered(stream: bytes) -> bytes | None:
+async def answered(stream: bytes, cap: int = CAP) -> bytes | None:
     ours, theirs = socket.socketpair()
     with ours:
         ours.setblocking(False)
         with theirs:
             theirs.sendall(stream)
-        return await asyncio.wait_for(exchange(ours, b"", CAP), 5)
+        return await asyncio.wait_for(exchange(ours, b"", cap), 5)
 
 
 @pytest.mark.parametrize("name", ["frame-reply-select.bin"])
@@ -206,6 +206,14 @@ async def test_every_golden_stream_that_is_not_one_frame_is_invalid(name):
 async def test_a_stream_cut_doubled_or_oversized_is_invalid(stream):
     with pytest.raises(ReplyInvalidError):
         await answered(stream)
+
+
+async def test_a_whole_frame_is_believed_up_to_the_cap_and_not_one_byte_further():
+    assert await answered(frame(b"x" * 1000), cap=1000) == b"x" * 1000
+    with pytest.raises(ReplyInvalidError):
+        await answered(frame(b"x" * 1001), cap=1000)
+    with pytest.raises(ReplyInvalidError):
+        await answered(frame(b""), cap=1000)
 
 
 async def test_a_stream_without_a_byte_is_no_reply():

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import math
 import os
 import secrets
@@ -26,6 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import InstanceExistsError, StorageLowError, UnknownInstanceError
+
+log = logging.getLogger(__name__)
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
 _TAKEN = {errno.EEXIST, errno.ENOTEMPTY}
@@ -113,12 +116,18 @@ class Registry:
         return True
 
     def sweep_leftovers(self) -> int:
-        """Delete what was on its way in or out when a launcher died. Only at start: a draft of ours would be a leftover too."""
+        """Delete what was on its way in or out when a launcher died; how many went. Only at start: a draft of ours would go too."""
         with os.scandir(self._folder) as entries:
             leftovers = [entry.name for entry in entries if entry.name.startswith(".")]
+        removed = 0
         for name in leftovers:
-            self._delete(name)
-        return len(leftovers)
+            try:
+                self._delete(name)
+            except OSError as error:  # one that cannot go must not keep every other instance from being served
+                log.warning("leftover %s not removed: %s", name, error)
+            else:
+                removed += 1
+        return removed
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:

@@ -77,8 +77,8 @@ class Figures:
             "concurrency": key.concurrency,
             **latency_summary(self.samples(key)),
             "per_second": rounded(median(phase.per_second for phase in phases)),
-            "machine_cpu_ms_per_request": rounded(1000 * median(phase.machine_cpu_seconds for phase in phases)),
-            "client_cpu_us_per_request": rounded(1e6 * median(phase.client_cpu_seconds for phase in phases)),
+            "machine_cpu_ms_per_request": _scaled(1e3, [phase.machine_cpu_seconds for phase in phases]),
+            "client_cpu_us_per_request": _scaled(1e6, [phase.client_cpu_seconds for phase in phases]),
             "statuses": {str(status): count for status, count in sorted(statuses.items())},
             "rounds": [
                 {
@@ -106,6 +106,11 @@ def latency_summary(seconds: Sequence[float]) -> dict[str, Any]:
 
 def milliseconds(seconds: float) -> float:
     return rounded(1000 * seconds)
+
+
+def _scaled(factor: float, values: Sequence[float]) -> float | None:
+    """Zero is what a part leaves that does not look at processor time."""
+    return rounded(factor * median(values)) if any(values) else None
 
 
 def rounded(value: float) -> float:

@@ -35,7 +35,7 @@ def draw(title: str, panels: Sequence[Panel], stem: Path) -> None:
     columns = min(_COLUMNS, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(5.2 * columns, 4.2 * rows + 0.5), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, sharey=True).flat
+    axes = list(figure.subplots(rows, columns, squeeze=False, sharey=True).flat)
     for axis, panel in zip(axes, panels, strict=False):
         for curve in panel.curves:
             if curve.seconds:
@@ -45,7 +45,7 @@ def draw(title: str, panels: Sequence[Panel], stem: Path) -> None:
         axis.set(xscale="log", ylim=(0, 1.01), title=panel.title, xlabel="latency, ms")
         axis.grid(visible=True, which="both", alpha=0.25)
         axis.legend(fontsize=7, loc="best")
-    for axis in list(axes)[len(panels) :]:
+    for axis in axes[len(panels) :]:
         axis.set_visible(False)
     figure.supylabel("share of requests answered")
     figure.suptitle(title)
@@ -57,4 +57,5 @@ def _steps(seconds: Sequence[float]) -> tuple[list[float], list[float]]:
     """The empirical distribution in ms; beyond a few thousand samples every so-manieth, the last always."""
     step = max(1, len(seconds) // _MAX_POINTS)
     ranks = sorted({*range(0, len(seconds), step), len(seconds) - 1})
-    return [1000 * seconds[rank] for rank in ranks], [(rank + 1) / len(seconds) for rank in ranks]
+    begin = 1000 * seconds[0]
+    return [begin, *(1000 * seconds[rank] for rank in ranks)], [0.0, *((rank + 1) / len(seconds) for rank in ranks)]

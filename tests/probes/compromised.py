@@ -104,6 +104,8 @@ def attack(order: dict[str, Any]) -> dict[str, Any]:
 
     from __main__ import confined
 
+    for path in order.get("make", ()):  # where no launcher made them
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666))
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # as in the runner: a write past the limit is an error, not an end
     if order.get("confine"):
         confined()

@@ -1,11 +1,13 @@
 """What a container of one request looks like from the inside, and what a compromised runner in it would try.
 
-It stands in the runner's place: same entry, same user, same volume. The order is one line of JSON on standard input, the report one
-JSON object on standard output; `do` names a function of `ORDERS`. `survey` looks twice, before and after the runner's own confinement.
+It stands in the runner's place: same entry, same user, same volume. The order is one line of JSON on standard input, or argv[1] where
+that is an object; the report is one JSON object on standard output. `do` names one of the functions below, or `attack` of
+compromised.py. `survey` looks twice, before and after the runner's own confinement.
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import json
@@ -14,7 +16,6 @@ import stat
 import sys
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 sys.path += ["/opt/mayfly", "/opt/mayfly/probes"]
@@ -68,14 +69,14 @@ def outcome(attempt: Any, *arguments: Any) -> str:
 def survey(order: dict[str, Any]) -> dict[str, Any]:
     everything = tree()
     before = {
-        "status": parse_status(Path("/proc/self/status").read_bytes()),
+        "status": parse_status(read("/proc/self/status")),
         "namespaces": {name: os.readlink(f"/proc/self/ns/{name}") for name in NAMESPACES},
         "mounts": mounts(),
         "environment": dict(os.environ),
-        "started_with": {name: Path(f"/proc/self/{name}").read_text() for name in ("environ", "cmdline")},
+        "started_with": {name: read(f"/proc/self/{name}") for name in ("environ", "cmdline")},
         "descriptors": descriptors(),
         "processes": sorted(int(name) for name in os.listdir("/proc") if name.isdigit()),
-        "interfaces": [line.split(":")[0].strip() for line in Path("/proc/self/net/dev").read_text().splitlines()[2:]],
+        "interfaces": [line.split(":")[0].strip() for line in read("/proc/self/net/dev").splitlines()[2:]],
         "routes": routes(),
         "socket": outcome(open_socket),
         "hostname": os.uname().nodename,
@@ -87,10 +88,10 @@ def survey(order: dict[str, Any]) -> dict[str, Any]:
         "elsewhere": outcome(read_elsewhere),
     }
     witness = confined() if order["confine"] else witnesses()
-    status, limits = (os.pread(descriptor, 1 << 16, 0) for descriptor in witness)
+    status, limits = (os.pread(descriptor, 1 << 16, 0).decode() for descriptor in witness)
     after = {
         "status": parse_status(status),
-        "limits": {line[:25].strip(): line[25:].split()[:2] for line in limits.decode().splitlines()[1:]},
+        "limits": {line[:25].strip(): line[25:].split()[:2] for line in limits.splitlines()[1:]},
         "descriptors": [number for number in descriptors() if number not in witness],
         "writable": writable(everything),
         "elsewhere": outcome(read_elsewhere),
@@ -99,13 +100,18 @@ def survey(order: dict[str, Any]) -> dict[str, Any]:
     return {"before": before, "after": after}
 
 
-def parse_status(text: bytes) -> dict[str, str]:
-    return {name: value.strip() for name, _, value in (line.partition(":") for line in text.decode().splitlines())}
+def read(path: str) -> str:
+    with open(path, encoding="utf-8") as file:
+        return file.read()
+
+
+def parse_status(text: str) -> dict[str, str]:
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in text.splitlines())}
 
 
 def mounts() -> list[dict[str, Any]]:
     found = []
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+    for line in read("/proc/self/mountinfo").splitlines():
         left, _, right = line.partition(" - ")
         fields = left.split()
         found.append({"point": fields[4], "options": fields[5].split(","), "type": right.split()[0]})
@@ -126,26 +132,26 @@ def is_open(number: int) -> bool:
 
 def routes() -> list[str]:
     """IPv4's table has a heading; IPv6's own routes on lo lead nowhere."""
-    net = Path("/proc/self/net")
-    found = (net / "route").read_text().splitlines()[1:] if (net / "route").exists() else []
-    if (net / "ipv6_route").exists():
-        found += [line for line in (net / "ipv6_route").read_text().splitlines() if line.split()[-1] != "lo"]
+    net = "/proc/self/net"
+    found = read(f"{net}/route").splitlines()[1:] if os.path.exists(f"{net}/route") else []
+    if os.path.exists(f"{net}/ipv6_route"):
+        found += [line for line in read(f"{net}/ipv6_route").splitlines() if line.split()[-1] != "lo"]
     return found
 
 
 def open_socket() -> None:
-    import socket
-
-    socket.socket().close()
+    """By libc: the image may have no socket module."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.socket(1, 1, 0) < 0:
+        raise OSError(ctypes.get_errno(), "socket")
 
 
 def cgroup() -> dict[str, str | None]:
     """The limits as the container sees them; None where it sees no such file."""
-    root = Path("/sys/fs/cgroup")
     found: dict[str, str | None] = {}
     for limit, names in CGROUP_FILES.items():
-        there = [root / name for name in names if (root / name).exists()]
-        found[limit] = there[0].read_text().strip() if there else None
+        there = [path for path in (f"/sys/fs/cgroup/{name}" for name in names) if os.path.exists(path)]
+        found[limit] = read(there[0]).strip() if there else None
     return found
 
 
@@ -233,13 +239,17 @@ def burn(order: dict[str, Any]) -> dict[str, Any]:
     return {"share": (time.process_time() - cpu) / (time.monotonic() - wall)}
 
 
-def main() -> None:
-    from compromised import attack
-
+def read_line() -> bytes:
     line = bytearray()
     while not line.endswith(b"\n"):
         line += os.read(0, 1) or sys.exit("no order")
-    order = json.loads(line)
+    return bytes(line)
+
+
+def main() -> None:
+    from compromised import attack
+
+    order = json.loads(sys.argv[1] if sys.argv[1].startswith("{") else read_line())
     orders = {"survey": survey, "eat": eat, "multiply": multiply, "burn": burn, "attack": attack}
     report = json.dumps(orders[order["do"]](order)).encode()
     while report:
