@@ -598,6 +598,7 @@ async def test_health_tells_what_is_public_of_the_launchers_report_and_asks_once
     assert (response.status, body["status"], body["version"], body["engine"]) == (200, "ok", "0.1.0", "docker")
     assert body["separation"] is False
     assert body["instances"] == 0
+    assert body["runner"]["landlock_abi"] is None
     assert "secret_path" not in body
     for _ in range(5):
         await web.get("/healthz")

@@ -15,10 +15,9 @@ from .launcher import Launcher
 
 _FRESH_SECONDS = 1.0
 _MAX_STRING_CHARS = 200
-_MAX_NAMES = 64
 
-# What of the launcher's report is for everybody; versions, paths, ids and the words of a failure are for the operator.
-PUBLIC_KEYS = frozenset({"engine", "daemon", "runtime", "instances", "running", "selftest"})
+# What of the launcher's report is for everybody; paths, ids and the words of a failure are for the operator.
+PUBLIC_KEYS = frozenset({"engine", "daemon", "runtime", "instances", "running", "nursery", "successors"})
 
 _log = logging.getLogger(__name__)
 _report = msgspec.json.Decoder(dict[str, object])
@@ -55,13 +54,14 @@ class Health:
             return self._unavailable(error)
         if told.get("trouble") is not None or told.get("daemon") == "down":
             return self._unavailable(EngineUnavailableError(reason=f"launcher: {told.get('trouble')!r}"))
-        public = {key: value for key, value in told.items() if key in PUBLIC_KEYS and _is_public(value)}
+        public = {key: value for key, value in told.items() if key in PUBLIC_KEYS and _is_plain(value)}
         return 200, {
             "status": "ok",
             "version": __version__,
             "engine": self._engine,
             **public,
             "separation": self._launcher.separated,
+            "runner": _runner(told.get("selftest")),
         }
 
     def _unavailable(self, error: ApiError) -> tuple[int, Report]:
@@ -69,11 +69,20 @@ class Health:
         return 503, {"status": "unavailable", "version": __version__, "reason": error.code}
 
 
-def _is_public(value: object) -> bool:
-    """Plain values, and one level of them by name."""
-    if isinstance(value, dict):
-        return len(value) <= _MAX_NAMES and all(_is_plain(item) for item in value.values())
-    return _is_plain(value)
+def _runner(selftest: object) -> Report:
+    """What the runner found of itself at start: a Landlock ABI of 0 or a stock SQLite is the operator's choice, and no secret."""
+    facts = _part(selftest)
+    options = facts.get("compile_options")
+    return {
+        "landlock_abi": _part(facts.get("confinement")).get("landlock_abi"),
+        "sqlite": facts.get("sqlite"),
+        "sqlite_build": _part(facts.get("build")).get("sqlite_build"),
+        "compile_options": [str(option) for option in options] if isinstance(options, list) else None,
+    }
+
+
+def _part(value: object) -> Report:
+    return value if isinstance(value, dict) else {}
 
 
 def _is_plain(value: object) -> bool:
