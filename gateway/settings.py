@@ -1,4 +1,4 @@
-"""Every setting, in one table: name, unit, default, help. The only reader of os.environ; docs/operations.md is kept equal by a test."""
+"""Every setting, in one table: name, unit, default, help. The only reader of os.environ; a test keeps docs/operations.md equal."""
 
 from __future__ import annotations
 
@@ -31,8 +31,13 @@ class Settings:
     docker_socket: str = _setting("unix:///var/run/docker.sock", "The Docker Engine API.")
     docker_runtime: str = _setting("", "OCI runtime name; empty is the daemon's default.")
     image: str = _setting("mayfly-runner:latest", "The runner image.")
-    slots: int = _setting(4, "Runners at work at once.", minimum=1)
-    queue_length: int = _setting(256, "Requests that may wait for a slot; more answer 503.", minimum=0)
+    slots: int = _setting(4, "Runners at work at once; those that wait warm are not counted.", minimum=1)
+    nursery: int = _setting(4, "Fresh instances that wait with their container started; 0 is off.", minimum=0)
+    successors: int = _setting(32, "Warm containers that wait for the next request of their instance; 0 is off.", minimum=0)
+    warm_idle_seconds: float = _setting(60.0, "Longest wait of a warm container for its instance's next request.", minimum=0.1)
+    queue_length: int = _setting(
+        512, "Requests that may wait; more answer 503. One address may take no more places than it leaves free.", minimum=0
+    )
     queue_timeout_seconds: float = _setting(60.0, "Longest wait for a slot or an instance; beyond it 503.", minimum=0.1)
 
     ttl_seconds: int = _setting(600, "Life of an instance.", minimum=1)

@@ -76,7 +76,8 @@ install_python() {
     "$stamp" | "${stamp/ . / .[test] }") return ;;
     esac
     say "making $venv"
-    "$python" -m venv --clear "$repo/$venv"
+    # In place where it can be: a service may be running from it.
+    [ "$("$repo/$venv/bin/python" -V 2>/dev/null)" = "$("$python" -V)" ] || "$python" -m venv --clear "$repo/$venv"
     (cd "$repo" && "$venv/bin/pip" install --quiet --disable-pip-version-check -e "$wanted") || die "pip install failed"
     echo "$stamp" >"$repo/$venv/mayfly-stamp"
 }
@@ -146,6 +147,11 @@ make_state() {
         install -d -m 700 "$state/instances" "$state/launcher" "$state/run" "$state/keys" "$state/log"
     fi
     chmod 700 "$operator"
+    local user
+    for user in $(! is_root || echo $launcher_user $web_user); do
+        setpriv --reuid "$user" --regid "$user" --init-groups test -x "$state/run/.." ||
+            die "user $user cannot enter $state: a folder above it is closed to others; choose another with MAYFLY_STATE_DIR"
+    done
 }
 
 # --- the two processes
@@ -156,7 +162,7 @@ make_state() {
 spawn() {
     local name=$1 user=$2 settings
     shift 2
-    mapfile -t settings < <(env | grep '^MAYFLY_' | grep -v '^MAYFLY_\(CORPUS\|IMAGE_SQLITE\)=' || true)
+    mapfile -t settings < <(env | grep '^MAYFLY_' | grep -v '^MAYFLY_\(CORPUS\|CRASH_SECONDS\|CRASH_SEED\|IMAGE_SQLITE\)=' || true)
     local clean=(env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin LANG=C.UTF-8 "${settings[@]}")
     if is_root; then
         setsid "${clean[@]}" unshare --mount --propagation slave sh -c '

@@ -78,21 +78,9 @@ def open_database(configuration: Configuration, expired: Callable[[], bool], pat
     connection = apsw.Connection(path, flags=_FLAGS, statementcachesize=0)
     try:
         connection.set_busy_timeout(_BUSY_TIMEOUT_MS)
-        connection.set_progress_handler(expired, _PROGRESS_INSTRUCTIONS)
-        for flag, value in CONFIG_FLAGS:
-            connection.config(flag, value)
-            if connection.config(flag, -1) != value:
-                raise _unconfined(f"{apsw.mapping_db_config[flag]} is not {value}")
-        _set_pragmas(connection, configuration)
-        connection.drop_modules(MODULES)
-        for name in DENIED_FUNCTIONS:
-            connection.overload_function(name, -1)
-        absent = absent_limits(configuration)
-        for name, value in configuration.sqlite_limits.items():
-            if name not in absent:
-                _set_limit(connection, name, value)
-        guard = Guard()
-        connection.authorizer = guard.authorize
+        database = Database(connection, Guard(), path, configuration)
+        for _, step in STEPS:
+            step(database, expired)
     except apsw.IOError as error:  # a journal whose rollback finds no room; the errno goes with the connection
         verdict = verdict_of(error, None, connection.system_errno)
         connection.close(True)
@@ -100,7 +88,7 @@ def open_database(configuration: Configuration, expired: Callable[[], bool], pat
     except BaseException:
         connection.close(True)
         raise
-    return Database(connection, guard, path, configuration)
+    return database
 
 
 def _limit_heap(heap_bytes: int) -> None:
@@ -109,7 +97,19 @@ def _limit_heap(heap_bytes: int) -> None:
         raise _unconfined("SQLite's heap limit does not hold")
 
 
-def _set_pragmas(connection: apsw.Connection, configuration: Configuration) -> None:
+def _watch_the_clock(database: Database, expired: Callable[[], bool]) -> None:
+    database.connection.set_progress_handler(expired, _PROGRESS_INSTRUCTIONS)
+
+
+def _set_switches(database: Database, expired: Callable[[], bool]) -> None:
+    for flag, value in CONFIG_FLAGS:
+        database.connection.config(flag, value)
+        if database.connection.config(flag, -1) != value:
+            raise _unconfined(f"{apsw.mapping_db_config[flag]} is not {value}")
+
+
+def _set_pragmas(database: Database, expired: Callable[[], bool]) -> None:
+    connection, configuration = database.connection, database.configuration
     cache_kib = configuration.instance_bytes // 1024
     for name, value, expected, verdict in (
         # First of all, because the next one reads the file: a killed runner's journal is then emptied after the rollback and not
@@ -130,6 +130,23 @@ def _set_pragmas(connection: apsw.Connection, configuration: Configuration) -> N
             raise VerdictError(verdict, f"{name} is {found}, not {expected}")
 
 
+def _reduce_the_catalogue(database: Database, expired: Callable[[], bool]) -> None:
+    database.connection.drop_modules(MODULES)
+    for name in DENIED_FUNCTIONS:
+        database.connection.overload_function(name, -1)
+
+
+def _set_limits(database: Database, expired: Callable[[], bool]) -> None:
+    absent = absent_limits(database.configuration)
+    for name, value in database.configuration.sqlite_limits.items():
+        if name not in absent:
+            _set_limit(database.connection, name, value)
+
+
+def _install_the_authorizer(database: Database, expired: Callable[[], bool]) -> None:
+    database.connection.authorizer = database.guard.authorize
+
+
 def absent_limits(configuration: Configuration) -> tuple[str, ...]:
     """Which of the limits this SQLite is too old to have."""
     return tuple(name for name in configuration.sqlite_limits if f"SQLITE_LIMIT_{name}" not in apsw.mapping_limits)
@@ -144,3 +161,14 @@ def _set_limit(connection: apsw.Connection, name: str, value: int) -> None:
 
 def _unconfined(message: str) -> VerdictError:
     return VerdictError(Verdict.UNCONFINED, message)
+
+
+STEPS: tuple[tuple[str, Callable[[Database, Callable[[], bool]], None]], ...] = (
+    ("clock", _watch_the_clock),
+    ("switches", _set_switches),
+    ("pragmas", _set_pragmas),
+    ("catalogue", _reduce_the_catalogue),
+    ("limits", _set_limits),
+    ("authorizer", _install_the_authorizer),
+)
+"""What opening does, in order. The authorizer is last, as it would refuse the pragmas."""

@@ -51,7 +51,7 @@ def verdict_of(error: Exception, refused: str | None, system_errno: int) -> Verd
         return VerdictError(_ERRNO.get(system_errno, Verdict.INTERNAL), _name(error))
     if isinstance(error, apsw.CorruptError) and _extended_code(error) == apsw.SQLITE_CORRUPT_VTAB:
         return VerdictError(Verdict.SQL_ERROR, str(error))  # an index that does not fit its content table; the file is whole
-    if isinstance(error, (apsw.CorruptError, apsw.NotADBError)):
+    if isinstance(error, (apsw.CorruptError, apsw.NotADBError, apsw.ReadOnlyError)):  # read-only: the header names a newer format
         return VerdictError(Verdict.DAMAGED, str(error))
     if isinstance(error, _TENANT_ERRORS):
         return VerdictError(Verdict.SQL_ERROR, str(error))

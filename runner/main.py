@@ -49,7 +49,7 @@ class Exit(IntEnum):
     REFUSED = 1
     """Unconfined; said so."""
     NO_REQUEST = 2
-    """The stream ended before a whole request."""
+    """The stream ended before a whole request, or none came for very long."""
     NO_READER = 3
     """The reply could not be written."""
 
@@ -59,7 +59,7 @@ def main() -> NoReturn:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     # One request makes no cycles worth a search, and a search would cost in the middle of it.
     gc.disable()
-    # SQLite seeds its generator from /dev/urandom, which Landlock is about to take away; only the clock and process 1 would be left.
+    # SQLite seeds its generator from /dev/urandom, which Landlock is about to take away; clock and pid would be all it had left.
     apsw.randomness(8)
     modes = {"serve": serve, "selftest": selftest}
     if len(sys.argv) != 2 or sys.argv[1] not in modes:
@@ -68,7 +68,7 @@ def main() -> NoReturn:
 
 
 def serve() -> NoReturn:
-    watchdog = Watchdog(_time_out)
+    watchdog = Watchdog(_time_out, _end_unasked)
     try:
         configuration = _configuration()
         confine(configuration, watchdog.start)
@@ -143,6 +143,10 @@ def _build() -> dict[str, Any] | None:
 def _print(facts: dict[str, Any], code: Exit) -> NoReturn:
     os.write(_OUT, json.dumps(facts).encode() + b"\n")
     os._exit(code)
+
+
+def _end_unasked() -> NoReturn:
+    os._exit(Exit.NO_REQUEST)
 
 
 def _time_out() -> NoReturn:

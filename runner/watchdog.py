@@ -17,14 +17,27 @@ from typing import NoReturn
 import apsw
 
 GRACE_SECONDS = 0.25
+# A daemon that is killed while it starts a container forgets it, but its shim lives on and holds the stream open: the end never
+# comes. Longer than any container waits warm.
+LONGEST_WAIT_SECONDS = 3600.0
 _REPEAT_SECONDS = 0.01
 
 
 class Watchdog:
-    """Started once, armed once; `give_up` writes the `timeout` reply and ends the process."""
+    """Started once, armed once; `give_up` writes the `timeout` reply and ends the process.
 
-    def __init__(self, give_up: Callable[[], NoReturn]) -> None:
+    One that is not armed within `longest_wait_seconds` calls `forsake`, which ends the process without a word.
+    """
+
+    def __init__(
+        self,
+        give_up: Callable[[], NoReturn],
+        forsake: Callable[[], NoReturn] | None = None,
+        longest_wait_seconds: float = LONGEST_WAIT_SECONDS,
+    ) -> None:
         self._give_up = give_up
+        self._forsake = forsake or give_up
+        self._longest_wait_seconds = longest_wait_seconds
         self._armed = threading.Event()
         self._done = threading.Event()
         self._answer = threading.Lock()
@@ -52,7 +65,8 @@ class Watchdog:
         self._done.set()
 
     def _run(self) -> None:
-        self._armed.wait()
+        if not self._armed.wait(self._longest_wait_seconds):
+            self._forsake()
         if self._done.wait(self._deadline - monotonic()):
             return
         while monotonic() < self._deadline + GRACE_SECONDS:

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
 
+from . import corpus  # noqa: F401 -- takes the tests' own MAYFLY_ variables out of the environment, before Settings see them
 from .deployment import Client, Deployment, client_of, deployed
 
 

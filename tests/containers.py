@@ -109,9 +109,9 @@ class Probes:
 
 
 @contextmanager
-def probes_beside_the_runner() -> Iterator[Probes]:
-    """The real image with tests/probes added as /opt/mayfly/probes, for as long as the context lasts."""
-    base = Settings.from_environment().image
+def probes_beside_the_runner(base: str | None = None) -> Iterator[Probes]:
+    """The real image, or `base`, with tests/probes added as /opt/mayfly/probes, for as long as the context lasts."""
+    base = base or Settings.from_environment().image
     context = io.BytesIO()
     with tarfile.open(fileobj=context, mode="w") as tar:
         recipe = f"FROM {base}\nADD probes /opt/mayfly/probes\n".encode()

@@ -8,8 +8,9 @@
 Those databases have small pages, so nearly all are turned away at the door. `damaged_copies` are of this system's own page size,
 with a few bytes changed, and get deeper.
 
-MAYFLY_CORPUS names the folder; MAYFLY_CORPUS_FULL=1 asks for a container of its own for every request. Settings refuse a MAYFLY_
-variable that is not theirs, so both are taken out of the environment when this is imported, which conftest does first.
+MAYFLY_CORPUS names the folder; MAYFLY_CORPUS_FULL=1 asks for a container of its own for every request; MAYFLY_ORDINARY_RECORDS is
+how much of tests/ordinary_sql.py is run. Settings refuse a MAYFLY_ variable that is not theirs, so these are taken out of the
+environment when this is imported, which conftest does first.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import apsw
 
 CHOSEN = os.environ.pop("MAYFLY_CORPUS", None)
 FULL = os.environ.pop("MAYFLY_CORPUS_FULL", "") == "1"
+ORDINARY_RECORDS = int(os.environ.pop("MAYFLY_ORDINARY_RECORDS", "4000"))
 FOLDER = Path(CHOSEN) if CHOSEN else Path(__file__).resolve().parents[2] / "shared" / "corpus"
 
 SCRIPTS, DATABASES = "hostile_sql.jsonl.gz", "hostile_db.tar.gz"

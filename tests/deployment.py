@@ -21,6 +21,12 @@ import aiohttp
 import docker
 
 REPO = Path(__file__).resolve().parent.parent
+START_ONE = """
+. "$0/infra/lib.sh"
+if is_root; then export MAYFLY_WEB_UID=$(id -u $web_user); fi
+user=$1_user
+spawn "$1" "${!user}" -m "gateway.$1"
+"""
 UNLIMITED = {"MAYFLY_RATE_REQUESTS_PER_MINUTE": "0", "MAYFLY_RATE_CREATES_PER_MINUTE": "0"}
 
 
@@ -49,17 +55,33 @@ class Deployment:
     def stop(self) -> None:
         subprocess.run([REPO / "infra/down"], env=self.environment, check=True, capture_output=True)
 
+    def start_one(self, name: str) -> None:
+        """`web` or `launcher` as infra/up starts it, but alone, whatever is down; the one before has to be dead."""
+        done = subprocess.run(["bash", "-c", START_ONE, REPO, name], env=self.environment, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(done.stderr)
+
+    def wait_until_dead(self, name: str, seconds: float = 60) -> None:
+        try:
+            descriptor = os.pidfd_open(self.pid(name))
+        except ProcessLookupError:
+            return
+        try:
+            if not select.select([descriptor], [], [], seconds)[0]:
+                raise TimeoutError(f"{name} lives on after {seconds} s")
+        finally:
+            os.close(descriptor)
+
+    def signal(self, name: str, number: int) -> None:
+        os.kill(self.pid(name), number)
+
     def pid(self, name: str) -> int:
         return int((self.state / "operator" / f"{name}.pid").read_text())
 
     def kill(self, name: str) -> None:
         """kill -9, and wait until it is dead."""
-        descriptor = os.pidfd_open(self.pid(name))
-        try:
-            signal.pidfd_send_signal(descriptor, signal.SIGKILL)
-            select.select([descriptor], [], [], 30)
-        finally:
-            os.close(descriptor)
+        self.signal(name, signal.SIGKILL)
+        self.wait_until_dead(name)
 
     def logs(self) -> str:
         return "\n".join(f"--- {path}\n{path.read_text()}" for path in sorted((self.state / "operator").glob("*.log")))

@@ -1,7 +1,7 @@
 """How to run a probe in a container of each engine: one adapter per engine, one `Contained` for the tests.
 
-The container is the engine's own, made by the production path: the real engine class, the real specification, a real volume made by the
-registry inside a sealed state folder. Only the image differs, in what stands in the runner's place (tests/probes/conformance.py).
+The container is the engine's own, made by the production path: the real engine class, the real specification, a real volume made
+by the registry inside a sealed state folder. Only the image differs, in what stands in the runner's place: probes/conformance.py.
 """
 
 from __future__ import annotations

@@ -231,6 +231,7 @@ class Launcher:
 
     def __init__(self, state: Path, **settings: Any) -> None:
         self.state = state
+        self.checkout = REPO
         self.socket = state / "run" / "launcher.sock"
         self.log = state / "launcher.log"
         own = {"state_dir": state, "image": IMAGE, "min_free_bytes": 0}
@@ -246,7 +247,10 @@ class Launcher:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("MAYFLY_")}
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-W", "error", "-m", "gateway.launcher"], cwd=REPO, env=environment | self.environment, stderr=log
+                [sys.executable, "-W", "error", "-m", "gateway.launcher"],
+                cwd=self.checkout,
+                env=environment | self.environment,
+                stderr=log,
             )
         return self.process
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -44,15 +45,29 @@ class PrivateDocker:
     def kill(self) -> None:
         """kill -9, as the machine's memory killer would; the daemon's containerd is its child and dies with it."""
         assert self.daemon is not None
+        self.daemon.kill()
         containerd = self.folder / "exec" / "containerd" / "containerd.pid"
-        for pid in (self.daemon.pid, int(containerd.read_text())):
-            os.kill(pid, signal.SIGKILL)
+        # A daemon that was stopping has taken its containerd, and the file, along.
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            os.kill(int(containerd.read_text()), signal.SIGKILL)
+            # Where process 1 reaps late, the next daemon would take the zombie of this number for a containerd at work.
+            containerd.unlink()
         self.daemon.wait()
 
     def stop(self) -> None:
         if self.daemon is not None and self.daemon.poll() is None:
             self.daemon.terminate()
             self.daemon.wait(60)
+
+    def forgotten(self) -> list[int]:
+        """Shims, and what runs below them, of containers that a daemon was starting when it was killed: nobody knows them now."""
+        shims = []
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                if b"containerd-shim" in (line := path.read_bytes()) and os.fsencode(self.folder) in line:
+                    shims.append(int(path.parent.name))
+        children = subprocess.run(["ps", "-o", "pid=", "--ppid", ",".join(map(str, shims)) or "0"], capture_output=True, text=True)
+        return shims + [int(pid) for pid in children.stdout.split()]
 
 
 @contextmanager
@@ -65,6 +80,9 @@ def private_docker() -> Iterator[PrivateDocker]:
         yield docker
     finally:
         docker.stop()
+        for pid in docker.forgotten():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         for mount in reversed([line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]):
             if mount.startswith(str(folder)):
                 subprocess.run(["umount", mount], check=False)

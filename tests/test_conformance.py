@@ -1,8 +1,8 @@
 """What "container" means: facts of the kernel, seen from the inside, the same for every engine.
 
 `FACTS` is the definition. Each fact is checked on one survey made by a probe in the runner's place, in a container that the engine
-itself made, and its control is the same check on a container without any of it, where it must fail. A second engine conforms when its
-name stands in `ENGINES`, with an adapter in tests/engines.py, and nothing here has changed.
+itself made, and its control is the same check on a container without any of it, where it must fail. A second engine conforms when
+its name stands in `ENGINES`, with an adapter in tests/engines.py, and nothing here has changed.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ import contextlib
 import json
 import os
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -32,7 +31,6 @@ CAPABILITIES = ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
 HARMLESS_DEVICES = {"c 1:3", "c 1:5", "c 1:7", "c 1:8", "c 1:9", "c 5:0", "c 5:2"}  # null zero full random urandom tty ptmx
 FILES = {"/data/db.sqlite", "/data/db.sqlite-journal"}
 SECRET = "token-key-canary"
-LIMITS = {"container_cpus": 1.0, "container_pids": 16, "container_memory_bytes": 128 << 20}
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,20 +209,20 @@ def engine(request: pytest.FixtureRequest) -> Iterator[tuple[Contained, Probes]]
 
 
 @pytest.fixture(scope="module")
-async def seen(engine: tuple[Contained, Probes]) -> AsyncIterator[Seen]:
+async def seen(engine: tuple[Contained, Probes]) -> Seen:
     here, _ = engine
     report = (await here.run({"do": "survey", "confine": True})).report
-    yield Seen(report["before"], report["after"], namespaces_here(), here.settings)
+    return Seen(report["before"], report["after"], namespaces_here(), here.settings)
 
 
 @pytest.fixture(scope="module")
-async def exposed(engine: tuple[Contained, Probes]) -> AsyncIterator[Seen]:
+async def exposed(engine: tuple[Contained, Probes]) -> Seen:
     """The same survey where nothing is in force: root, the host's namespaces, Docker's socket, a secret, no limit, no filter."""
     here, probes = engine
     report = await asyncio.to_thread(survey_without_any_layer, probes, here.settings)
     # Docker can share every namespace but the mount namespace; that comparison is made with itself.
     host = namespaces_here() | {"mnt": report["before"]["namespaces"]["mnt"]}
-    yield Seen(report["before"], report["after"], host, here.settings)
+    return Seen(report["before"], report["after"], host, here.settings)
 
 
 def survey_without_any_layer(probes: Probes, settings: Settings) -> dict[str, Any]:
@@ -292,7 +290,7 @@ async def test_processes_past_the_limit_do_not_start(engine: tuple[Contained, Pr
     here, _ = engine
     order = {"do": "multiply", "most": 40}
     few = (await here.run(order)).report
-    assert 2 <= few["threads"] <= LIMITS["container_pids"]
+    assert 2 <= few["threads"] <= here.settings.container_pids
     assert few["fork"] == "EPERM"  # the profile lets threads start, and no process
     assert (await here.run(order, container_pids=64)).report["threads"] == 41
 
@@ -302,7 +300,8 @@ async def test_a_share_of_a_processor_is_all_there_is(engine: tuple[Contained, P
     order = {"do": "burn", "seconds": 1.0}
     slow = (await here.run(order, container_cpus=0.05)).report["share"]
     free = (await here.run(order, container_cpus=1.0)).report["share"]
-    assert slow < 0.15 < free
+    assert slow < 0.1
+    assert slow < free
 
 
 async def test_a_run_past_its_deadline_is_killed_from_outside(engine: tuple[Contained, Probes]) -> None:

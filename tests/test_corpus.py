@@ -37,6 +37,7 @@ SECONDS = SETTINGS.deadline_seconds + SETTINGS.grace_seconds + 1
 SAMPLE = 60
 DAMAGED = 210
 SEED = 20240901
+CONTAINERS = 2
 
 FOR_THE_PARENT = ("clone", "wait4", "pipe2", "poll", "kill", "dup")
 """What the probe needs to have children; the runner's own filter takes it from them again."""
@@ -91,52 +92,53 @@ def frame(sql: str) -> bytes:
     return request_frame(Statement(sql=sql, args=None, int64="number"), SETTINGS.max_request_frame_bytes)
 
 
-def run_all(probes: Probes, state: Path, cases: Sequence[corpus.Case], runs: int, containers: int = 2) -> list[list[list[Answer]]]:
-    """Every case `runs` times, dealt out to a few containers: by case, by run, by request."""
-
-    def run(share: Sequence[corpus.Case], folder: Path, volume: Path) -> Iterator[list[list[Answer]]]:
-        folder.mkdir()
-        with (folder / "cases.jsonl").open("w") as lines:
-            for case in share:
-                frames = [base64.b64encode(frame(sql)).decode() for sql in case.requests]
-                files = {"database": base64.b64encode(case.database).decode(), "journal": base64.b64encode(case.journal).decode()}
-                lines.write(json.dumps({**files, "frames": frames}) + "\n")
-        mounts = [
-            {"Type": "bind", "Source": str(source), "Target": target} for source, target in ((volume, "/data"), (folder, "/cases"))
-        ]
-        ended = probes.run(
-            {"runs": runs, "seconds": SECONDS},
-            probe="/corpus_probe.py",
-            seccomp=profile_with(added=FOR_THE_PARENT),
-            host={"Mounts": [mounts[0], mounts[1] | {"ReadOnly": True}], "Tmpfs": {}},
-        )
-        assert ended.exit_code == 0, ended.errors.decode(errors="replace")
-        answers = _answers(ended.output)
-        for case in share:
-            yield [[next(answers) for _ in case.requests] for _ in range(runs)]
-        assert next(answers, None) is None
-        assert {item.name for item in volume.iterdir()} == {"db.sqlite", "db.sqlite-journal"}
-
+def run_all(probes: Probes, state: Path, cases: Sequence[corpus.Case], runs: int) -> list[list[list[Answer]]]:
+    """Every case `runs` times, dealt out to one container for each processor: by case, by run, by request."""
     (state / "instances").mkdir()
     registry = Registry(state / "instances", ttl_seconds=600, min_free_bytes=0)
     try:
-        instances = [uuid7() for _ in range(containers + 1)]
+        instances = [uuid7() for _ in range(CONTAINERS + 1)]
         for instance in instances:
             registry.create(instance)
-        volumes = [registry.volume(instance) for instance in instances]
+        control, *volumes = [registry.volume(instance) for instance in instances]
     finally:
         registry.close()
-    control = volumes.pop()
     before = leave_content(control)
-    with ThreadPoolExecutor(containers) as pool:
-        shares = [cases[number::containers] for number in range(containers)]
+    with ThreadPoolExecutor(CONTAINERS) as pool:
         jobs = [
-            pool.submit(lambda *job: list(run(*job)), share, state / f"cases-{number}", volumes[number])
-            for number, share in enumerate(shares)
+            pool.submit(run_share, probes, cases[number::CONTAINERS], runs, state / f"cases-{number}", volume)
+            for number, volume in enumerate(volumes)
         ]
         results = [job.result() for job in jobs]
     assert fingerprint(control) == before
-    return [results[number % containers][number // containers] for number in range(len(cases))]
+    return [results[number % CONTAINERS][number // CONTAINERS] for number in range(len(cases))]
+
+
+def run_share(probes: Probes, cases: Sequence[corpus.Case], runs: int, folder: Path, volume: Path) -> list[list[list[Answer]]]:
+    """In one container, with the volume where a runner has it."""
+    folder.mkdir()
+    with (folder / "cases.jsonl").open("w") as lines:
+        for case in cases:
+            files = {"database": base64.b64encode(case.database).decode(), "journal": base64.b64encode(case.journal).decode()}
+            lines.write(json.dumps({**files, "frames": [base64.b64encode(frame(sql)).decode() for sql in case.requests]}) + "\n")
+    ended = probes.run(
+        {"runs": runs, "seconds": SECONDS},
+        probe="/corpus_probe.py",
+        seccomp=profile_with(added=FOR_THE_PARENT),
+        host={
+            "Mounts": [
+                {"Type": "bind", "Source": str(volume), "Target": "/data"},
+                {"Type": "bind", "Source": str(folder), "Target": "/cases", "ReadOnly": True},
+            ],
+            "Tmpfs": {},
+        },
+    )
+    assert ended.exit_code == 0, ended.errors.decode(errors="replace")
+    answers = _answers(ended.output)
+    found = [[[next(answers) for _ in case.requests] for _ in range(runs)] for case in cases]
+    assert next(answers, None) is None
+    assert {item.name for item in volume.iterdir()} == {"db.sqlite", "db.sqlite-journal"}
+    return found
 
 
 def _answers(output: bytes) -> Iterator[Answer]:
@@ -201,12 +203,37 @@ def test_damage_to_a_database_of_the_right_shape_is_no_worse(probes):
     assert min(verdicts["ok"], verdicts["damaged"]) > sum(verdicts.values()) / 10, verdicts
 
 
+OVERSIZED = [
+    "SELECT 1;" * 12_000,
+    "SELECT 1;" + " " * 900_000,
+    "-" * 500_000,
+    "SELECT " + "(" * 40_000,
+    "SELECT " + "[" * 90_000,
+    "SELECT '" + "ä" * 400_000 + "'",
+    "SELECT " + "1+" * 49_000 + "1",
+    "VALUES " + ",".join(["(1)"] * 24_000),
+    "CREATE TABLE t(" + ",".join(f"c{n}" for n in range(9_000)) + ")",
+    "WITH " + ",".join(f"a{n} AS (SELECT * FROM a{n - 1})" for n in range(3_000)) + " SELECT * FROM a2999",
+    "SELECT * FROM " * 6_000,
+    "\0" * 100,
+    "\ufffe\U0010ffff" * 20_000,
+]
+
+
+def test_scripts_beyond_every_size_are_answered_and_not_dropped(probes):
+    cases = [corpus.Case(f"oversized/{number}", b"", (sql,)) for number, sql in enumerate(OVERSIZED)]
+    with sealed_disk("size=256m") as state:
+        results = run_all(probes, state, cases, runs=2)
+    assert not faults(cases, results)
+    assert set(seen(results)) <= {"too_complex", "sql_error", "ok"}, seen(results)
+
+
 async def test_in_containers_of_their_own_cases_end_the_same_and_leave_neighbours_and_launcher_as_they_were(cases, probes):
     chosen = cases if corpus.FULL else random.Random(SEED).sample(cases, SAMPLE)
     with sealed_disk("size=256m") as state:
         expected = await asyncio.to_thread(run_all, probes, state, chosen, 1)
     with sealed_disk("size=256m") as state:
-        async with launched(state, image=Settings.from_environment().image, slots=4) as (launcher, client):
+        async with launched(state, image=Settings.from_environment().image, slots=4, ttl_seconds=86_400) as (launcher, client):
             control = await client.create()
             before = leave_content(volume_of(state, control))
             await one_by_one(client, state, chosen[0])  # connections to the daemon are there from now on

@@ -120,11 +120,9 @@ from tests.runner_database import TenantDatabase
 tenant = TenantDatabase(Path({folder!r}))
 tenant.limited(instance_bytes=10 << 20)
 import runner.database
-original = runner.database._set_pragmas
-def small_cache(connection, configuration):  # pages reach the file before the commit, so the journal is hot
-    original(connection, configuration)
-    connection.pragma("cache_size", 10)
-runner.database._set_pragmas = small_cache
+def small_cache(database, expired):  # pages reach the file before the commit, so the journal is hot
+    database.connection.pragma("cache_size", 10)
+runner.database.STEPS = (*runner.database.STEPS[:-1], ("small cache", small_cache), runner.database.STEPS[-1])
 steps = 0
 import runner.execute
 def expired():

@@ -90,3 +90,12 @@ finish(b"main")
 
 def test_an_unarmed_watchdog_waits():
     assert outcome("threading.Event().wait(0.4); finish(b'main')")[:2] == (0, "main")
+
+
+def test_one_that_is_never_armed_ends_its_process_and_gives_no_answer():
+    program = """
+forgotten = Watchdog(give_up, lambda: os._exit(9), longest_wait_seconds=0.2)
+forgotten.start()
+threading.Event().wait()
+"""
+    assert outcome(program)[:2] == (9, "")

@@ -35,6 +35,8 @@ async def self_test(engine: Engine, registry: Registry) -> dict[str, Any]:
     except ValueError:
         facts = None
     if not isinstance(facts, dict) or verdict is not Verdict.EXITED:
+        # A daemon that stops takes its containers along: then connecting anew fails, and nothing was learnt about this host.
+        await engine.open()
         raise RefusedError(f"the self-test gave no report (verdict {verdict.name}, {len(output)} bytes: {output[:200]!r})")
     if "refused" in facts:
         raise RefusedError(f"the runner cannot confine itself on this host: {facts['refused']}")

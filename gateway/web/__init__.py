@@ -1,5 +1,6 @@
 """The unprivileged HTTP process.
 
 One request, in the order of the modules it passes: server (HTTP hygiene) → middleware (request id, envelope, access log) →
-handlers → rates → body → tokens → launcher FIND or CREATE → leases → runs → launcher RUN and runner frames → verdicts → answer.
+handlers → rates → body → leases (a ticket, or 503) → tokens, launcher FIND → leases (the turn) → runs → launcher RUN and runner
+frames → verdicts → answer. Without a token the launcher's CREATE follows the turn: what is refused makes nothing.
 """

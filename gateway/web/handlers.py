@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 
 import msgspec
@@ -11,6 +12,7 @@ from . import body, openapi
 from .appkeys import CREATE_RATE, DRAIN, HEALTH, LAUNCHER, REQUEST_RATE, RUNS, SETTINGS, TOKENS
 from .errors import CallerError, InstanceNotFoundError, RateLimitedError, RunnerFailedError
 from .exchange import EXCHANGE, Exchange
+from .leases import Ticket
 from .rates import Rate
 from .runner import Ok, request_frame
 from .secret import Secret
@@ -31,11 +33,12 @@ async def sql(request: web.Request) -> web.Response:
         exchange.sql_bytes = len(statement.sql.encode())
         frame = request_frame(statement, app[SETTINGS].max_request_frame_bytes)
         presented = [Secret(value) for value in request.headers.getall(SESSION, [])]
-        if presented:
-            answer = await _again(app, exchange, presented, frame, statement.int64)
-        else:
-            _count(app[CREATE_RATE], request, exchange)
-            answer = await _first(app, exchange, frame, statement.int64)
+        with app[RUNS].ticket(request.remote or "") as ticket:
+            if presented:
+                answer = await _again(app, exchange, ticket, presented, frame, statement.int64)
+            else:
+                _count(app[CREATE_RATE], request, exchange)
+                answer = await _first(app, exchange, ticket, frame, statement.int64)
         return web.Response(body=_result(answer), content_type="application/json")
 
 
@@ -68,35 +71,44 @@ async def expect(request: web.Request) -> None:
         request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
 
-async def _again(app: web.Application, exchange: Exchange, presented: list[Secret[str]], frame: bytes, int64: body.Int64Form) -> Ok:
+async def _again(
+    app: web.Application, exchange: Exchange, ticket: Ticket, presented: list[Secret[str]], frame: bytes, int64: body.Int64Form
+) -> Ok:
     """A request with a token. Every failure takes the same way: a look-up at the launcher that finds nothing."""
     instance, verified = app[TOKENS].resolve(presented[0])
+    # Before the wait and not after: a token that is no good holds a place for as long as this takes, and never a slot.
     expires_at = await app[LAUNCHER].find(instance)
     if expires_at is None or not verified or len(presented) > 1:
         raise InstanceNotFoundError
     exchange.instance = instance
     exchange.headers[TTL] = str(expires_at)
-    return await app[RUNS].run(instance, frame, int64)
+    async with app[RUNS].turn(ticket, instance) as turn:
+        return await turn.run(frame, int64)
 
 
-async def _first(app: web.Application, exchange: Exchange, frame: bytes, int64: body.Int64Form) -> Ok:
-    """A request without a token: a fresh instance, kept if its SQL was at fault, removed if we were."""
+async def _first(app: web.Application, exchange: Exchange, ticket: Ticket, frame: bytes, int64: body.Int64Form) -> Ok:
+    """A request without a token: a fresh instance once its turn has come, kept if its SQL was at fault, removed if we were."""
     instance = uuid7()
-    expires_at = await app[LAUNCHER].create(instance)
-    exchange.instance = instance
-    try:
-        answer = await app[RUNS].run(instance, frame, int64)
-    except InstanceNotFoundError:
-        # Nobody presented a token, so this cannot be the caller's 404: the instance ended before its first request began.
-        raise RunnerFailedError(reason="a new instance expired before it ran") from None
-    except CallerError:
+    async with app[RUNS].turn(ticket, instance) as turn:
+        try:
+            expires_at = await app[LAUNCHER].create(instance)
+        except asyncio.CancelledError:
+            app[RUNS].discard(instance)
+            raise
+        exchange.instance = instance
+        try:
+            answer = await turn.run(frame, int64)
+        except InstanceNotFoundError:
+            # Nobody presented a token, so this cannot be the caller's 404: the instance ended before its first request began.
+            raise RunnerFailedError(reason="a new instance expired before it ran") from None
+        except CallerError:
+            _hand_over(app, exchange, instance, expires_at)
+            raise
+        except BaseException:
+            app[RUNS].discard(instance)
+            raise
         _hand_over(app, exchange, instance, expires_at)
-        raise
-    except BaseException:
-        app[RUNS].discard(instance)
-        raise
-    _hand_over(app, exchange, instance, expires_at)
-    return answer
+        return answer
 
 
 def _hand_over(app: web.Application, exchange: Exchange, instance: uuid.UUID, expires_at: int) -> None:

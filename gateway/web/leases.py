@@ -1,28 +1,43 @@
 """Who may run now: one request at a time per instance, first come first served, and no more at once than there are slots.
 
-A request takes its instance's lease first and a slot second, so a queue on one instance never holds a slot. Waiting is bounded in
-number and in time. A Hold is given back exactly once, when the container is gone.
+A request first takes a ticket, a place among those that wait; only then is anything asked of the launcher. A ticket becomes a hold
+when its instance's lease and a slot are had together. Until the lease is its own, a request stands in its instance's queue and in
+nobody's way; from then on it stands in its address's queue. Slots go round the addresses that have somebody there, one each.
+
+An address may take no more places than it leaves free. One flood alone fills half of them, n floods leave one in n + 1, so
+whoever comes next still finds a place, and finds it without a setting that knows how many will ever flood.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 import uuid
+from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 
 from .errors import OverloadedError
 
+# Weight of the newest run in the mean time for which a slot is held: what was true some twenty runs ago has faded.
+_NEWEST_WEIGHT = 0.1
+_MAX_RETRY_SECONDS = 60
 
-@dataclass(slots=True)
-class _Lease:
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    users: int = 0
+
+class _Waiter:
+    """One request on its way to lease and slot. `address` is None for one that wants the lease alone."""
+
+    __slots__ = ("address", "granted", "instance")
+
+    def __init__(self, instance: uuid.UUID, address: str | None) -> None:
+        self.instance = instance
+        self.address = address
+        self.granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
 
 class Hold:
-    """One lease and, unless it was not wanted, one slot. Releasing twice is harmless."""
+    """A lease and, unless it was not wanted, a slot, until the container is gone. Releasing twice is harmless."""
 
     __slots__ = ("_release",)
 
@@ -35,61 +50,155 @@ class Hold:
             release()
 
 
+class Ticket:
+    """A place among those that wait, until it has become a hold or its `with` block ends."""
+
+    __slots__ = ("_address", "_leases", "_open")
+
+    def __init__(self, leases: Leases, address: str) -> None:
+        self._leases = leases
+        self._address = address
+        self._open = True
+
+    def __enter__(self) -> Ticket:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._open:
+            self._open = False
+            self._leases._leave(self._address)
+
+    async def hold(self, instance: uuid.UUID) -> Hold:
+        """Wait for the lease and a slot; raises OverloadedError when the wait is too long. A ticket is good for one hold."""
+        hold = await self._leases._acquire(instance, self._address)
+        self.close()
+        return hold
+
+
 class Leases:
-    def __init__(self, slots: int, queue_length: int, queue_timeout_seconds: float) -> None:
-        self._slots = asyncio.Semaphore(slots)
+    def __init__(
+        self, slots: int, queue_length: int, queue_timeout_seconds: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._slots = slots
+        self._free_slots = slots
         self._queue_length = queue_length
         self._queue_timeout_seconds = queue_timeout_seconds
-        self._leases: dict[uuid.UUID, _Lease] = {}
-        self._waiting = 0
+        self._clock = clock
+        self._mean_held_seconds: float | None = None
+        self._tickets: Counter[str] = Counter()
+        # The first of an instance's queue has its lease: it waits for a slot or holds one.
+        self._instances: dict[uuid.UUID, deque[_Waiter]] = {}
+        # Whoever lacks nothing but a slot, by address; the first address is the next to be served.
+        self._ready: dict[str, deque[_Waiter]] = {}
 
     @property
     def waiting(self) -> int:
-        return self._waiting
+        """Tickets that have not become holds."""
+        return self._tickets.total()
 
     @property
     def held(self) -> int:
         """Instances with a holder or a waiter."""
-        return len(self._leases)
+        return len(self._instances)
 
-    async def acquire(self, instance: uuid.UUID, *, with_slot: bool = True) -> Hold:
-        """Wait for the lease and then a slot; raises OverloadedError when the queue is full or the wait too long."""
-        lease = self._leases.get(instance) or self._leases.setdefault(instance, _Lease())
-        must_wait = lease.lock.locked() or (with_slot and self._slots.locked())
-        if must_wait and self._waiting >= self._queue_length:
-            self._forget(instance, lease)
-            raise OverloadedError(reason=f"{self._waiting} requests wait already")
-        lease.users += 1
-        self._waiting += 1
+    def ticket(self, address: str) -> Ticket:
+        """A place, at once or never: raises OverloadedError when those that wait, or those of this address, are too many.
+
+        It knows no instance, so that no token, good or bad, changes its answer.
+        """
+        waiting, own = self.waiting, self._tickets[address]
+        beyond_slots = max(0, waiting - self._free_slots)
+        own_beyond_slots = max(0, own - self._free_slots)
+        if waiting >= self._free_slots and own_beyond_slots >= self._queue_length - beyond_slots:
+            raise self._overloaded(f"{waiting} requests wait already, {own} of this address")
+        self._tickets[address] += 1
+        return Ticket(self, address)
+
+    async def lease(self, instance: uuid.UUID) -> Hold:
+        """Wait for the lease alone; raises OverloadedError when the wait is too long."""
+        return await self._acquire(instance, None)
+
+    @property
+    def retry_after_seconds(self) -> int:
+        """How long those that wait now will take, as far as recent runs tell."""
+        return max(1, min(_MAX_RETRY_SECONDS, math.ceil(self.waiting * (self._mean_held_seconds or 0.0) / self._slots)))
+
+    async def _acquire(self, instance: uuid.UUID, address: str | None) -> Hold:
+        waiter = _Waiter(instance, address)
+        queue = self._instances.setdefault(instance, deque())
+        queue.append(waiter)
+        if len(queue) == 1:
+            self._leased(waiter)
         try:
             async with asyncio.timeout(self._queue_timeout_seconds):
-                await lease.lock.acquire()
-                if with_slot:
-                    try:
-                        await self._slots.acquire()
-                    except BaseException:
-                        lease.lock.release()
-                        raise
+                await waiter.granted
         except TimeoutError:
-            self._leave(instance, lease)
-            raise OverloadedError(reason=f"waited {self._queue_timeout_seconds} s for an instance or a slot") from None
+            self._give_up(waiter)
+            raise self._overloaded(f"waited {self._queue_timeout_seconds} s for an instance or a slot") from None
         except BaseException:
-            self._leave(instance, lease)
+            self._give_up(waiter)
             raise
-        finally:
-            self._waiting -= 1
-        return Hold(partial(self._give_back, instance, lease, with_slot))
+        return Hold(partial(self._give_back, waiter, self._clock()))
 
-    def _give_back(self, instance: uuid.UUID, lease: _Lease, with_slot: bool) -> None:
-        if with_slot:
-            self._slots.release()
-        lease.lock.release()
-        self._leave(instance, lease)
+    def _leased(self, waiter: _Waiter) -> None:
+        """The waiter has become the first of its instance's queue."""
+        if waiter.address is not None:
+            self._ready.setdefault(waiter.address, deque()).append(waiter)
+            self._hand_out()
+        elif not waiter.granted.done():
+            waiter.granted.set_result(None)
 
-    def _leave(self, instance: uuid.UUID, lease: _Lease) -> None:
-        lease.users -= 1
-        self._forget(instance, lease)
+    def _hand_out(self) -> None:
+        while self._free_slots and self._ready:
+            address = next(iter(self._ready))
+            ready = self._ready.pop(address)
+            waiter = ready.popleft()
+            if ready:
+                self._ready[address] = ready
+            # A cancelled waiter is on its way to give up.
+            if not waiter.granted.done():
+                self._free_slots -= 1
+                waiter.granted.set_result(None)
 
-    def _forget(self, instance: uuid.UUID, lease: _Lease) -> None:
-        if lease.users == 0:
-            self._leases.pop(instance, None)
+    def _give_back(self, waiter: _Waiter, since: float) -> None:
+        if waiter.address is not None:
+            took, mean = self._clock() - since, self._mean_held_seconds
+            self._mean_held_seconds = took if mean is None else mean + _NEWEST_WEIGHT * (took - mean)
+        self._pass_on(waiter)
+
+    def _give_up(self, waiter: _Waiter) -> None:
+        if waiter.granted.done() and not waiter.granted.cancelled():
+            self._pass_on(waiter)  # ended in the instant between being served and running
+            return
+        if waiter.address is not None and waiter in (ready := self._ready.get(waiter.address, deque())):
+            ready.remove(waiter)
+            if not ready:
+                del self._ready[waiter.address]
+        self._leave_queue(waiter)
+
+    def _pass_on(self, waiter: _Waiter) -> None:
+        # The lease first: the next of this instance lines up behind the addresses that waited for the slot all along.
+        self._leave_queue(waiter)
+        if waiter.address is not None:
+            self._free_slots += 1
+            self._hand_out()
+
+    def _leave_queue(self, waiter: _Waiter) -> None:
+        queue = self._instances[waiter.instance]
+        was_first = queue[0] is waiter
+        queue.remove(waiter)
+        if not queue:
+            del self._instances[waiter.instance]
+        elif was_first:
+            self._leased(queue[0])
+
+    def _leave(self, address: str) -> None:
+        self._tickets[address] -= 1
+        if not self._tickets[address]:
+            del self._tickets[address]
+
+    def _overloaded(self, reason: str) -> OverloadedError:
+        return OverloadedError(reason=reason, headers={"Retry-After": str(self.retry_after_seconds)})

@@ -6,8 +6,11 @@ a token in a broken header would end up in the log. The two small subclasses her
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import secrets
+import socket
+import struct
 from typing import Any
 
 from aiohttp import web
@@ -21,6 +24,9 @@ MAX_HEADERS = 64
 KEEPALIVE_SECONDS = 30.0
 # How long the rest of a refused body is read, so that the caller sees the refusal and not a reset.
 LINGERING_SECONDS = 2.0
+# How long a caller may take to read its answer. What it does not read is held in memory, a megabyte of rows at most.
+ANSWER_SECONDS = 60.0
+_RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 _log = logging.getLogger(__name__)
 
@@ -35,6 +41,25 @@ class _Refusal(web.Response):
 
 class _Connection(web.RequestHandler):
     __slots__ = ()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        if self.transport is not None:  # uvloop's transports are no instances of asyncio's classes
+            # An answer counts as sent when the kernel has all of it: a transport that is closed waits for its buffer without end.
+            self.transport.set_write_buffer_limits(0)
+
+    async def finish_response(
+        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> tuple[web.StreamResponse, bool]:
+        try:
+            async with asyncio.timeout(ANSWER_SECONDS):
+                return await super().finish_response(request, resp, start_time)
+        except TimeoutError:
+            if self.transport is not None:
+                # Reset, and not closed: a closed socket would keep what is unread in the kernel's buffers.
+                self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+                self.transport.abort()
+            return resp, True
 
     def handle_error(
         self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None

@@ -8,8 +8,8 @@ Theory of operation. One process of ours makes the load; everything measured is 
     datasette   the alternative, another SQLite over HTTP, as it comes
     blank       a constant answer: what the load generator itself costs (blank.py)
 
-Absolute numbers belong to one machine at one moment, so the result is ratios. The sides take turns in short windows, A B A B, and
-a ratio is taken within a round and then the median over rounds: what disturbs the machine disturbs both sides of a ratio alike.
+Absolute numbers belong to one machine at one moment, so the result is ratios. The sides take turns in short windows, A B A B; a
+ratio is taken between neighbouring windows, and of those the median: what disturbs the machine disturbs both sides of it alike.
 
 A window (load.py) begins when every caller has had one answer, which was checked and is not counted. Percentiles are exact, by
 nearest rank over all samples. Every wait and loop has a bound in time and in number.

@@ -52,7 +52,7 @@ async def measure(mode: str, plan: Plan, settings: Settings) -> tuple[dict[str, 
             panels.append(_agents_panel(seen))
         if plan.saturation:
             _say("saturation")
-            overload = await saturation.measure(plan, all_sides, settings.slots)
+            overload = await saturation.measure(plan, all_sides, settings.slots, settings.queue_length)
             ratios.extend(overload.ratios(saturation.enough(settings.slots, instances)))
             parts["saturation"] = overload.as_json()
             panels.append(_saturation_panel(overload))

@@ -35,7 +35,7 @@ async def measure(plan: Plan, sides: Sides) -> Figures:
     figures = Figures()
     for segment in range(plan.agent_segments):
         floor_seconds = min(_FLOOR_SECONDS, plan.agents)
-        figures.add(Key(DOCKER, CONTAINER, 1), await sides.docker.measure(1, floor_seconds))
+        figures.add(Key(DOCKER, CONTAINER, 1), segment, await sides.docker.measure(1, floor_seconds))
         phases = {FIRST: Phase(), FOLLOW_UP: Phase()}
         seconds = plan.agents / plan.agent_segments
         began = perf_counter()
@@ -44,7 +44,7 @@ async def measure(plan: Plan, sides: Sides) -> Figures:
         await all_of(work, seconds + _PATIENCE_SECONDS)
         for name, phase in phases.items():
             phase.per_second = sum(phase.statuses.values()) / (perf_counter() - began)
-            figures.add(Key(MAYFLY, name, AGENTS), phase)
+            figures.add(Key(MAYFLY, name, AGENTS), segment, phase)
     return figures
 
 

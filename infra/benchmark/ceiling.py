@@ -1,13 +1,15 @@
-"""`python -m infra.benchmark.ceiling`: the gateway's own application with nothing between it and SQLite.
+"""`python -m infra.benchmark.ceiling`: the gateway's own application with no launcher and no container behind it.
 
-Two parts of the application are replaced from here, by the keys under which it holds them: the launcher by the launcher's registry,
-and the run of a container by the runner's own code in this process. HTTP, tokens, frames, policy, limits and durability are the
-product's; only processes, sockets and containers are gone. So this is what no engine can exceed, and it is no sandbox.
+One part of the application is replaced from here: its launcher, by one that keeps the real registry and answers a RUN itself, with
+the runner's own code, in this process. HTTP, tokens, leases, frames, policy, limits and durability are the product's; only
+the other processes and their containers are gone. So this is what no engine can exceed, and it is no sandbox.
 """
 
 from __future__ import annotations
 
 import asyncio
+import socket
+import struct
 import sys
 import uuid
 from pathlib import Path
@@ -18,28 +20,28 @@ import uvloop
 from gateway.launcher.errors import UnknownInstanceError
 from gateway.launcher.registry import Registry
 from gateway.launcher.specification import runner_configuration
+from gateway.protocol import Verdict
 from gateway.settings import Settings
 from gateway.web.app import build_app
 from gateway.web.appkeys import LAUNCHER, RUNS
-from gateway.web.body import Int64Form
-from gateway.web.launcher import Launcher
-from gateway.web.runner import Ok, decode_reply
+from gateway.web.launcher import Launcher, RunCall
 from gateway.web.runs import Runs
 from gateway.web.server import Server
-from gateway.web.verdicts import rows_or_raise
 from runner.configuration import Configuration
 from runner.execute import run_request
 from runner.wire import VerdictError, decode_request, encode_failure
 
-_FRAME_HEADER_BYTES = 4
+_LENGTH = struct.Struct("!I")
+_CHUNK_BYTES = 256 << 10
 
 
 class InProcessLauncher(Launcher):
-    """The registry without the process around it."""
+    """The verbs of docs/wire.md without a launcher. Nothing overlaps: a run is one step of the event loop."""
 
-    def __init__(self, registry: Registry) -> None:
+    def __init__(self, settings: Settings, registry: Registry) -> None:
         super().__init__(Path("/nonexistent"))
         self._registry = registry
+        self._configuration = Configuration.parse(runner_configuration(settings))
 
     async def create(self, instance: uuid.UUID) -> int:
         return self._registry.create(instance).expires_at
@@ -53,24 +55,38 @@ class InProcessLauncher(Launcher):
     async def remove(self, instance: uuid.UUID) -> None:
         self._registry.remove(instance)
 
+    def run(self, instance: uuid.UUID, passed: socket.socket) -> RunCall:
+        loop = asyncio.get_running_loop()
+        call = RunCall(loop.create_future(), loop.create_future())
+        call.started.set_result(self._registry.find(instance).expires_at)
+        passed.setblocking(False)
+        received = bytearray()
 
-class InProcessRuns(Runs):
-    """A frame in, a reply out, in one step of the event loop: no lease is needed where nothing overlaps."""
+        def receive() -> None:
+            chunk = passed.recv(_CHUNK_BYTES)
+            received.extend(chunk)
+            if len(received) >= _LENGTH.size and len(received) == _LENGTH.size + _LENGTH.unpack_from(received)[0]:
+                reply = self._reply(instance, bytes(received[_LENGTH.size :]))
+                # The benchmark's replies are far smaller than a socket's buffer.
+                passed.sendall(_LENGTH.pack(len(reply)) + reply)
+            elif chunk:
+                return
+            loop.remove_reader(passed)
+            passed.close()
+            call.ended.set_result(Verdict.EXITED)
 
-    def __init__(self, settings: Settings, launcher: InProcessLauncher, registry: Registry) -> None:
-        super().__init__(settings, launcher)
-        self._registry = registry
-        self._configuration = Configuration.parse(runner_configuration(settings))
+        loop.add_reader(passed, receive)
+        return call
 
-    async def run(self, instance: uuid.UUID, frame: bytes, int64: Int64Form) -> Ok:
+    def _reply(self, instance: uuid.UUID, frame: bytes) -> bytes:
         deadline = monotonic() + self._configuration.deadline_ms / 1000
         database = str(self._registry.volume(instance) / "db.sqlite")
         try:
-            request = decode_request(frame[_FRAME_HEADER_BYTES:])
-            reply = run_request(request, self._configuration, lambda: monotonic() >= deadline, lambda _: None, database)
+            return run_request(
+                decode_request(frame), self._configuration, lambda: monotonic() >= deadline, lambda _: None, database
+            )
         except VerdictError as error:
-            reply = encode_failure(error.verdict, error.message)
-        return rows_or_raise(decode_reply(reply, int64))
+            return encode_failure(error.verdict, error.message)
 
 
 async def _serve(settings: Settings) -> None:
@@ -80,8 +96,8 @@ async def _serve(settings: Settings) -> None:
         (settings.state_dir / name).mkdir(mode=0o700, exist_ok=True)
     registry = Registry(folder, ttl_seconds=settings.ttl_seconds, min_free_bytes=settings.min_free_bytes)
     app = build_app(settings)
-    app[LAUNCHER] = launcher = InProcessLauncher(registry)
-    app[RUNS] = InProcessRuns(settings, launcher, registry)
+    app[LAUNCHER] = launcher = InProcessLauncher(settings, registry)
+    app[RUNS] = Runs(settings, launcher)
     async with Server(app, shutdown_seconds=1.0) as server:
         print(await server.listen("127.0.0.1", 0), flush=True)
         await asyncio.Event().wait()

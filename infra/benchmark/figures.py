@@ -1,10 +1,10 @@
-"""From windows to numbers: exact percentiles, and ratios taken within a round."""
+"""From windows to numbers: exact percentiles, and ratios of windows that were neighbours in time."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -16,14 +16,17 @@ LATENCY, TAIL, RATE = "p50", "p99", "per_second"
 
 @dataclass(frozen=True, slots=True, order=True)
 class Key:
-    """What one figure is about. For the floor, concurrency is how many lines of containers run side by side."""
+    """What one figure is about.
+
+    For the floor, concurrency is how many lines of containers run side by side; 0 stands for arrivals that wait for nobody.
+    """
 
     side: str
     workload: str
     concurrency: int
 
     def __str__(self) -> str:
-        return f"{self.side} {self.workload} c={self.concurrency}"
+        return f"{self.side} {self.workload}" + (f" c={self.concurrency}" if self.concurrency else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,26 +51,27 @@ class Ratio:
 
 @dataclass(slots=True)
 class Figures:
-    """Every window measured, round by round; a key has at most one window in a round."""
+    """Every window measured, by what it is about and by its moment. Windows of one moment were measured next to each other."""
 
-    phases: dict[Key, list[Phase]] = field(default_factory=dict)
+    phases: dict[Key, dict[Hashable, Phase]] = field(default_factory=dict)
 
-    def add(self, key: Key, phase: Phase) -> None:
-        self.phases.setdefault(key, []).append(phase)
+    def add(self, key: Key, moment: Hashable, phase: Phase) -> None:
+        self.phases.setdefault(key, {})[moment] = phase
 
     def samples(self, key: Key) -> list[float]:
         """All latencies of a key, sorted."""
-        return sorted(latency for phase in self.phases.get(key, []) for latency in phase.latencies)
+        return sorted(latency for phase in self.phases.get(key, {}).values() for latency in phase.latencies)
 
     def ratio(self, measure: str, of: Key, to: Key) -> Iterator[Ratio]:
-        """The median over rounds; nothing where one of the two was not measured."""
-        pairs = list(zip(self.phases.get(of, []), self.phases.get(to, []), strict=False))
-        values = [_measure(measure, a) / _measure(measure, b) for a, b in pairs if _measure(measure, a) and _measure(measure, b)]
+        """The median over moments; nothing where the two have none in common."""
+        upper, lower = self.phases.get(of, {}), self.phases.get(to, {})
+        pairs = [(_measure(measure, phase), _measure(measure, lower[moment])) for moment, phase in upper.items() if moment in lower]
+        values = [a / b for a, b in pairs if a and b]
         if values:
             yield Ratio(measure, str(of), str(to), median(values), tuple(values))
 
     def as_json(self) -> list[dict[str, Any]]:
-        return [self._summary(key, phases) for key, phases in self.phases.items()]
+        return [self._summary(key, [*phases.values()]) for key, phases in self.phases.items()]
 
     def _summary(self, key: Key, phases: Sequence[Phase]) -> dict[str, Any]:
         statuses: Counter[int] = sum((phase.statuses for phase in phases), Counter())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sqlite3
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +23,8 @@ _HEALTHZ = b"GET /healthz HTTP/1.1\r\nHost: bench\r\n\r\n"
 async def describe(settings: Settings, sides: Sides) -> dict[str, Any]:
     connection = await Connection.open(sides.mayfly)
     health = (await connection.ask(_HEALTHZ)).json()
+    version_asked = sides.mayfly.post_sql(b'{"sql":"SELECT sqlite_version()"}', sides.tokens[0])
+    runner_sqlite = (await connection.ask(version_asked)).json()["rows"][0][0]
     connection.close()
     return {
         "cpu": _cpu_model(),
@@ -31,7 +34,7 @@ async def describe(settings: Settings, sides: Sides) -> dict[str, Any]:
         "file_system": _file_system(settings.state_dir),
         "docker": await sides.docker.facts(),
         "python": platform.python_version(),
-        "sqlite": apsw.sqlite_lib_version(),
+        "sqlite": {"mayfly": runner_sqlite, "ceiling": apsw.sqlite_lib_version(), "datasette": sqlite3.sqlite_version},
         "packages": {name: version(name) for name in ("mayfly", "aiohttp", "uvloop", "apsw", "datasette")},
         "load_average": os.getloadavg()[0],
         "healthz": health,

@@ -11,7 +11,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 _COLUMNS = 3
-_MAX_POINTS = 2000
+_MAX_POINTS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ def draw(title: str, panels: Sequence[Panel], stem: Path) -> None:
     mpl.rcParams["svg.hashsalt"] = "mayfly"  # the same results give the same file
     columns = min(_COLUMNS, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(5.2 * columns, 4.2 * rows + 0.5), layout="constrained")
+    figure = Figure(figsize=(5.2 * columns, 5.0 * rows + 0.5), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False, sharey=True).flat)
     for axis, panel in zip(axes, panels, strict=False):
         for curve in panel.curves:
@@ -44,7 +44,7 @@ def draw(title: str, panels: Sequence[Panel], stem: Path) -> None:
                 axis.step(values, shares, where="post", color=curve.colour, linestyle=curve.style, linewidth=1.4, label=label)
         axis.set(xscale="log", ylim=(0, 1.01), title=panel.title, xlabel="latency, ms")
         axis.grid(visible=True, which="both", alpha=0.25)
-        axis.legend(fontsize=7, loc="best")
+        axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
     figure.supylabel("share of requests answered")

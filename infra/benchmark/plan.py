@@ -12,10 +12,12 @@ class Plan:
     rounds: int = 0
     """Of the side-by-side comparison."""
     side_by_side_budget: float = 0.0
-    """After this no further round begins."""
+    """After this, and one whole round, nothing more of it begins."""
     concurrencies: tuple[int, ...] = (1, 8, 32)
-    window: float = 1.5
-    """Of Mayfly and of bare Docker."""
+    window: float = 1.2
+    """Of Mayfly."""
+    floor_window: float = 1.0
+    """Of bare Docker, which has one beside nearly every one of Mayfly's."""
     short_window: float = 0.6
     """Of the sides that answer in about a millisecond."""
     agents: float = 0.0
@@ -24,13 +26,17 @@ class Plan:
     think: float = 1.0
     """Mean pause of an agent between an answer and its next request."""
     saturation: float = 0.0
+    saturation_limit: float = 60.0
+    """The load lasts longer than `saturation`, up to this, where the queue would not fill before."""
     recovery: float = 90.0
     """Longest wait for the service to be itself again."""
 
 
 PLANS = {
-    "quick": Plan(rounds=3, side_by_side_budget=170, agents=24, saturation=14, recovery=40),
-    "full": Plan(rounds=5, side_by_side_budget=780, window=4, short_window=1.5, agents=120, agent_segments=4, saturation=30),
+    "quick": Plan(rounds=3, side_by_side_budget=165, agents=20, saturation=10, saturation_limit=16, recovery=40),
+    "full": Plan(
+        rounds=5, side_by_side_budget=780, window=4, floor_window=3, short_window=1.5, agents=120, agent_segments=4, saturation=30
+    ),
     "agents": Plan(agents=120, agent_segments=4),
     "saturation": Plan(saturation=30),
     "smoke": Plan(
@@ -38,11 +44,13 @@ PLANS = {
         side_by_side_budget=60,
         concurrencies=(1, 2),
         window=0.3,
+        floor_window=0.2,
         short_window=0.1,
         agents=2,
         agent_segments=1,
         think=0.1,
         saturation=1.5,
+        saturation_limit=1.5,
         recovery=20,
     ),
 }

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from .figures import Key
+
 _COLUMNS = ("n", "p50_ms", "p99_ms", "per_second", "machine_cpu_ms_per_request")
 
 
@@ -13,7 +15,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _lines(result: dict[str, Any]) -> Iterator[str]:
-    yield "ratios (median over rounds; of p50 and p99 less is better, of per_second more)"
+    yield "ratios (median over windows measured next to each other; of p50 and p99 less is better, of per_second more)"
     rows = [(f"{item['of']}  /  {item['to']}", item["measure"], f"{item['value']:g}") for item in result["ratios"]]
     yield from _aligned(rows)
     for part in ("side_by_side", "agents"):
@@ -32,13 +34,13 @@ def _lines(result: dict[str, Any]) -> Iterator[str]:
     yield f"{machine['cores']} × {machine['cpu']}, Linux {machine['kernel']}, {machine['file_system']}"
     yield f"load average {machine['load_average']:.2f} before anything was measured"
     yield f"Docker {docker['version']} ({docker['runtime']}, {docker['storage']})"
-    yield f"Python {machine['python']}, SQLite {machine['sqlite']} in-process"
+    yield f"Python {machine['python']}, SQLite " + ", ".join(f"{version} ({side})" for side, version in machine["sqlite"].items())
 
 
 def _figures(figures: Sequence[dict[str, Any]]) -> Iterator[str]:
     rows: list[tuple[str, ...]] = [("", *_COLUMNS, "statuses")]
     for item in figures:
-        name = f"{item['side']} {item['workload']}" + (f" c={item['concurrency']}" if item["concurrency"] else "")
+        name = str(Key(item["side"], item["workload"], item["concurrency"]))
         statuses = " ".join(f"{status}:{count}" for status, count in item["statuses"].items())
         rows.append((name, *("" if item[column] is None else f"{item[column]:g}" for column in _COLUMNS), statuses))
     yield from _aligned(rows)

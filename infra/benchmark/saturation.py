@@ -24,8 +24,10 @@ OVERLOAD = 3.0
 SERVED, CAPACITY = "served under overload", "capacity"
 UNAVAILABLE = 503
 
+_MOMENT = "the only one"
 _MEASURE_SECONDS = 2.0
 _PROBE_PAUSE_SECONDS = 0.05
+_PAST_FULL = 1.3
 _RECOVERED = 2.0  # times the unloaded median
 
 
@@ -72,17 +74,17 @@ def enough(slots: int, available: int) -> int:
     return min(max(8, 2 * slots), available - 1)
 
 
-async def measure(plan: Plan, sides: Sides, slots: int) -> Result:
+async def measure(plan: Plan, sides: Sides, slots: int, queue_length: int) -> Result:
     figures = Figures()
     seconds = min(_MEASURE_SECONDS, plan.saturation)
     *tokens, probe_token = sides.tokens
     right = partial(check, SELECT)
     concurrency = enough(slots, len(sides.tokens))
-    figures.add(Key(DOCKER, CONTAINER, CORES), await sides.docker.measure(CORES, seconds))
+    figures.add(Key(DOCKER, CONTAINER, CORES), _MOMENT, await sides.docker.measure(CORES, seconds))
     unloaded = await closed_loop(sides.mayfly, callers(SELECT, sides.mayfly, [probe_token], "unloaded"), right, seconds)
-    figures.add(Key(MAYFLY, SELECT, 1), unloaded)
+    figures.add(Key(MAYFLY, SELECT, 1), _MOMENT, unloaded)
     capacity = await closed_loop(sides.mayfly, callers(SELECT, sides.mayfly, tokens[:concurrency], "capacity"), right, seconds)
-    figures.add(Key(MAYFLY, CAPACITY, concurrency), capacity)
+    figures.add(Key(MAYFLY, CAPACITY, concurrency), _MOMENT, capacity)
     unloaded_seconds = latency_summary(unloaded.latencies)["p50_ms"] / 1000
 
     everyone = callers(SELECT, sides.mayfly, tokens, "overload")
@@ -90,9 +92,11 @@ async def measure(plan: Plan, sides: Sides, slots: int) -> Result:
     over = asyncio.Event()
     chance = random.Random("overload")  # noqa: S311 -- to be repeatable
     rate = OVERLOAD * capacity.per_second
+    fills_after = queue_length / (rate - capacity.per_second)
+    lasts = min(max(plan.saturation, _PAST_FULL * fills_after), plan.saturation_limit)
     recovery = asyncio.create_task(_recovery(over, sides.mayfly, probe_token, _RECOVERED * unloaded_seconds, plan.recovery))
     try:
-        offered = await open_loop(sides.mayfly, orders, rate, plan.saturation, chance, over.set)
+        offered = await open_loop(sides.mayfly, orders, rate, lasts, chance, over.set)
         recovery_seconds = await recovery
     finally:
         recovery.cancel()
@@ -100,7 +104,7 @@ async def measure(plan: Plan, sides: Sides, slots: int) -> Result:
     served.latencies = [arrival.ended - arrival.due for arrival in offered.arrivals if arrival.status == OK]
     in_time = sum(arrival.status == OK and arrival.ended <= offered.ended for arrival in offered.arrivals)
     served.per_second = in_time / (offered.ended - offered.began)
-    figures.add(Key(MAYFLY, SERVED, 0), served)
+    figures.add(Key(MAYFLY, SERVED, 0), _MOMENT, served)
     return Result(figures, offered, rate, unloaded_seconds, recovery_seconds)
 
 

@@ -22,14 +22,13 @@ async def measure(plan: Plan, sides: Sides, neighbours: Neighbours) -> Figures:
     figures = Figures()
     began = perf_counter()
     for number in range(plan.rounds):
-        round_began = perf_counter()
-        for turns in _round(plan, sides, neighbours, number):
+        for workload, turns in _round(plan, sides, neighbours, number):
+            # The first round is always whole; a later one may end early, because ratios are of neighbours in time.
+            if number and perf_counter() - began > plan.side_by_side_budget:
+                return figures
             # Every other round the order is reversed: who comes first finds another machine than who comes last.
             for key, turn in turns if number % 2 == 0 else reversed(turns):
-                figures.add(key, await turn())
-        now = perf_counter()
-        if now - began + (now - round_began) > plan.side_by_side_budget:
-            break
+                figures.add(key, (number, workload), await turn())
     return figures
 
 
@@ -49,8 +48,8 @@ def ratios(plan: Plan, figures: Figures) -> Iterator[Ratio]:
             yield from figures.ratio(measure, Key(side, SELECT, concurrency), Key(DATASETTE, SELECT, concurrency))
 
 
-def _round(plan: Plan, sides: Sides, neighbours: Neighbours, number: int) -> Iterator[list[_Turn]]:
-    """Groups of turns that are compared with each other."""
+def _round(plan: Plan, sides: Sides, neighbours: Neighbours, number: int) -> Iterator[tuple[str, list[_Turn]]]:
+    """Groups of turns that are compared with each other, and the workload that they are about."""
     floors = {1: 1, plan.concurrencies[1]: CORES}
     for workload, concurrency in itertools.product(WORKLOADS, plan.concurrencies):
 
@@ -65,12 +64,12 @@ def _round(plan: Plan, sides: Sides, neighbours: Neighbours, number: int) -> Ite
             turn(MAYFLY, sides.mayfly, sides.tokens, plan.window, about),
             turn(CEILING, neighbours.ceiling, neighbours.ceiling_tokens, plan.short_window, about),
         ]
+        if parallelism := floors.get(concurrency):
+            turns.insert(1, (Key(DOCKER, CONTAINER, parallelism), partial(sides.docker.measure, parallelism, plan.floor_window)))
         if workload == SELECT:
             turns.append(turn(BLANK, neighbours.blank, sides.tokens, plan.short_window / 2, about))
             turns.append((Key(DATASETTE, *about), partial(_datasette, neighbours.datasette, concurrency, plan.short_window)))
-            if parallelism := floors.get(concurrency):
-                turns.append((Key(DOCKER, CONTAINER, parallelism), partial(sides.docker.measure, parallelism, plan.window)))
-        yield turns
+        yield workload, turns
 
 
 async def _datasette(address: Address, concurrency: int, seconds: float) -> Phase:

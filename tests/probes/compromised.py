@@ -1,4 +1,4 @@
-"""Native code that took over the runner, at work on the volume: `attack` tries what the order names, before or after the confinement.
+"""Native code that took over the runner, at work on the volume: `attack` tries what the order names, confined or not yet.
 
 It is Python here, but calls nothing that machine code could not call: what stops it is the kernel alone.
 """

@@ -1,7 +1,7 @@
 """What a container of one request looks like from the inside, and what a compromised runner in it would try.
 
-It stands in the runner's place: same entry, same user, same volume. The order is one line of JSON on standard input, or argv[1] where
-that is an object; the report is one JSON object on standard output. `do` names one of the functions below, or `attack` of
+It stands in the runner's place: same entry, same user, same volume. The order is one line of JSON on standard input, or argv[1]
+where that is an object; the report is one JSON object on standard output. `do` names one of the functions below, or `attack` of
 compromised.py. `survey` looks twice, before and after the runner's own confinement.
 """
 
@@ -12,6 +12,7 @@ import errno
 import fcntl
 import json
 import os
+import signal
 import stat
 import sys
 import threading
@@ -175,8 +176,7 @@ def tree() -> list[tuple[str, int]]:
 
 
 def writable(everything: list[tuple[str, int]]) -> list[str]:
-    """Where something can be written: files that open for writing, folders in which a new file can be made. The flags are those that
-    the second filter lets through."""
+    """Files that open for writing, and folders in which a new file can be made; by flags that the second filter allows."""
     found = []
     for path, mode in everything:
         if stat.S_ISDIR(mode):
@@ -231,6 +231,25 @@ def fork() -> None:
     os.waitpid(child, 0)
 
 
+def breed(order: dict[str, Any]) -> dict[str, Any]:
+    """Fork until there is no more or `most` is reached; what refused, if anything."""
+    children: list[int] = []
+    refused = None
+    while len(children) < order["most"]:
+        try:
+            child = os.fork()
+        except OSError as error:
+            refused = errno.errorcode[error.errno or 0]
+            break
+        if child == 0:
+            signal.pause()
+        children.append(child)
+    for child in children:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    return {"processes": len(children) + 1, "refused": refused}
+
+
 def burn(order: dict[str, Any]) -> dict[str, Any]:
     """The share of one processor that is to be had over some time."""
     wall, cpu = time.monotonic(), time.process_time()
@@ -250,7 +269,7 @@ def main() -> None:
     from compromised import attack
 
     order = json.loads(sys.argv[1] if sys.argv[1].startswith("{") else read_line())
-    orders = {"survey": survey, "eat": eat, "multiply": multiply, "burn": burn, "attack": attack}
+    orders = {"survey": survey, "eat": eat, "multiply": multiply, "breed": breed, "burn": burn, "attack": attack}
     report = json.dumps(orders[order["do"]](order)).encode()
     while report:
         report = report[os.write(1, report) :]

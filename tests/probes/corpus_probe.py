@@ -76,7 +76,6 @@ def lay_out(case: dict[str, str]) -> None:
             file.write(base64.b64decode(content))
 
 
-signal.signal(signal.SIGPIPE, signal.SIG_IGN)
 with open("/cases/cases.jsonl", encoding="utf-8") as lines, os.fdopen(os.dup(1), "wb") as records:
     for line in lines:
         case = json.loads(line)

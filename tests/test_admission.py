@@ -1,0 +1,215 @@
+"""Who is let in, over real sockets: what is refused costs nothing, no address starves another, whoever hangs up makes room."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import statistics
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import aiohttp
+
+from gateway.protocol import Verb, Verdict
+from gateway.web.appkeys import RUNS
+
+from .fake_launcher import FakeRun, Gateway, assert_error, gateway, ok, until
+from .test_web_process import web as web_process
+
+FAR = "127.0.0.2"
+UNLIMITED = {"MAYFLY_RATE_REQUESTS_PER_MINUTE": "0", "MAYFLY_RATE_CREATES_PER_MINUTE": "0"}
+
+
+class Gate:
+    """A runner that answers when it is let; `passed` are the requests that it has begun, in order."""
+
+    def __init__(self, web: Gateway) -> None:
+        self._open = asyncio.Semaphore(0)
+        self.passed: list[str] = []
+        web.launcher.script = self._script
+
+    def let(self, count: int = 1) -> None:
+        for _ in range(count):
+            self._open.release()
+
+    async def _script(self, run: FakeRun) -> None:
+        run.started()
+        self.passed.append((await run.read_request())["sql"])
+        await self._open.acquire()
+        await run.send(ok(["a"], [[1]]))
+        run.ended()
+
+
+@asynccontextmanager
+async def caller_at(web: Gateway, address: str) -> AsyncIterator[Gateway]:
+    """The same service, called from another address of this host."""
+    connector = aiohttp.TCPConnector(limit=0, local_addr=(address, 0))
+    async with aiohttp.ClientSession(connector=connector) as client:
+        caller = copy.copy(web)
+        caller.client = client
+        yield caller
+
+
+def waiting(web: Gateway) -> int:
+    return web.app[RUNS].leases.waiting
+
+
+async def saturate(web: Gateway, count: int, sql: str = "flood") -> list[asyncio.Task[aiohttp.ClientResponse]]:
+    """So many new callers at once; returns when each runs or waits."""
+    before = waiting(web) + web.launcher.running
+    tasks = [asyncio.ensure_future(web.sql(sql)) for _ in range(count)]
+    await until(lambda: waiting(web) + web.launcher.running == before + count)
+    return tasks
+
+
+async def test_a_refused_create_makes_no_instance_and_asks_nothing_of_the_launcher(tmp_path):
+    async with gateway(tmp_path, slots=1, queue_length=0) as web:
+        gate = Gate(web)
+        (running,) = await saturate(web, 1)
+        await until(lambda: len(gate.passed) == 1)
+        asked = list(web.launcher.verbs)
+        for _ in range(20):
+            await assert_error(await web.sql(), "overloaded")
+        assert web.launcher.verbs == asked
+        gate.let()
+        assert (await running).status == 200
+        assert len(web.launcher.instances) == 1
+
+
+async def test_a_create_that_waits_makes_its_instance_when_its_turn_comes_and_none_if_it_waits_too_long(tmp_path):
+    async with gateway(tmp_path, slots=1, queue_timeout_seconds=0.1, deadline_seconds=60.0) as web:
+        gate = Gate(web)
+        (running,) = await saturate(web, 1)
+        await until(lambda: len(gate.passed) == 1)
+        await assert_error(await web.sql(), "overloaded")
+        gate.let()
+        assert (await running).status == 200
+        assert web.launcher.count(Verb.CREATE) == 1
+        assert web.launcher.count(Verb.REMOVE) == 0
+
+
+async def test_a_refused_create_is_not_counted_among_the_new_instances_of_its_address(tmp_path):
+    async with gateway(tmp_path, slots=1, queue_length=0, rate_creates_per_minute=2) as web:
+        gate = Gate(web)
+        (running,) = await saturate(web, 1)
+        for _ in range(5):
+            await assert_error(await web.sql(), "overloaded")
+        gate.let(2)
+        assert (await running).status == 200
+        await until(lambda: web.app[RUNS].leases.held == 0)
+        assert (await web.sql()).status == 200
+
+
+async def test_under_overload_every_token_good_or_bad_gets_the_same_answer(tmp_path):
+    async with gateway(tmp_path, slots=1, queue_length=0) as web:
+        tokens = [await web.token(), await web.token()]
+        await until(lambda: web.app[RUNS].leases.held == 0)
+        web.launcher.instances.popitem()
+        gate = Gate(web)
+        (running,) = await saturate(web, 1)
+        asked = list(web.launcher.verbs)
+        answers = [await web.sql("SELECT 1", token) for token in (*tokens, "wkn_no", "")]
+        for answer in answers:
+            await assert_error(answer, "overloaded")
+        assert len({tuple(answer.headers) for answer in answers}) == 1
+        assert web.launcher.verbs == asked
+        gate.let()
+        await running
+
+
+async def test_a_bad_token_waits_for_no_slot(tmp_path):
+    async with gateway(tmp_path, slots=1, deadline_seconds=60.0) as web:
+        gate = Gate(web)
+        tasks = await saturate(web, 3)
+        await assert_error(await web.sql("SELECT 1", "wkn_no"), "instance_not_found")
+        gate.let(3)
+        assert {(await task).status for task in tasks} == {200}
+
+
+async def test_an_address_that_floods_cannot_starve_another(tmp_path):
+    async with gateway(tmp_path, slots=1, queue_length=40, deadline_seconds=60.0) as web, caller_at(web, FAR) as other:
+        gate = Gate(web)
+        flood = await saturate(web, 21)
+        await assert_error(await web.sql("one too many"), "overloaded")
+        quiet = await saturate(other, 2, "quiet")
+        gate.let(len(flood) + len(quiet))
+        assert {(await task).status for task in (*flood, *quiet)} == {200}
+        assert gate.passed[:5] == ["flood", "flood", "quiet", "flood", "quiet"]
+
+
+async def test_parallel_calls_of_one_agent_queue_and_do_not_fail(tmp_path):
+    async with gateway(tmp_path) as web:
+        token = await web.token()
+        web.launcher.most_running = 0
+        answers = await asyncio.gather(*(web.sql("SELECT 1", token) for _ in range(100)))
+        assert {answer.status for answer in answers} == {200}
+        assert web.launcher.most_running == 1
+        await until(lambda: web.app[RUNS].leases.held == 0)
+
+
+async def test_a_queue_on_one_instance_leaves_the_slots_to_its_addresss_other_instances(tmp_path):
+    async with gateway(tmp_path, slots=2, deadline_seconds=60.0) as web:
+        token = await web.token()
+        gate = Gate(web)
+        queued = [asyncio.ensure_future(web.sql("queued", token)) for _ in range(10)]
+        await until(lambda: len(gate.passed) == 1 and waiting(web) == 9)
+        other = asyncio.ensure_future(web.sql("other"))
+        await until(lambda: gate.passed == ["queued", "other"])
+        gate.let(11)
+        assert {(await task).status for task in (*queued, other)} == {200}
+
+
+async def test_callers_that_hang_up_while_they_wait_make_room_at_once(tmp_path):
+    async with gateway(tmp_path, slots=1, queue_length=8, deadline_seconds=60.0) as web:
+        gate = Gate(web)
+        (running,) = await saturate(web, 1)
+        gone = await saturate(web, 4)
+        await assert_error(await web.sql(), "overloaded")
+        for task in gone:
+            task.cancel()
+        await until(lambda: waiting(web) == 0)
+        again = await saturate(web, 4)
+        gate.let(5)
+        assert {(await task).status for task in (running, *again)} == {200}
+        assert len(gate.passed) == web.launcher.count(Verb.CREATE) == 5
+
+
+async def test_a_caller_that_hangs_up_while_its_instance_is_made_leaves_none(tmp_path):
+    async with gateway(tmp_path) as web:
+        web.launcher.silent.add(Verb.CREATE)
+        request = asyncio.ensure_future(web.sql())
+        await until(lambda: web.launcher.count(Verb.CREATE) == 1)
+        request.cancel()
+        await until(lambda: web.launcher.count(Verb.REMOVE) == 1)
+        assert web.launcher.verbs[0][1] == web.launcher.verbs[1][1]
+        await until(lambda: web.app[RUNS].leases.held == 0)
+
+
+async def test_a_refusal_takes_less_than_fifty_milliseconds_while_every_slot_and_every_place_is_taken(tmp_path):
+    """Against the process as an operator starts it; the median, because the machine may be busy with other things."""
+    async with web_process(
+        tmp_path, MAYFLY_SLOTS="2", MAYFLY_QUEUE_LENGTH="64", MAYFLY_DEADLINE_SECONDS="60", **UNLIMITED
+    ) as running:
+
+        async def busy(run: FakeRun) -> None:
+            run.started()
+            await run.hung_up()
+            run.ended(Verdict.CANCELLED)
+
+        running.launcher.script = busy
+        # As many beyond what there is room for as are refused at once: from then on it is full.
+        full = [asyncio.ensure_future(running.sql()) for _ in range(2 + 32 + 5)]
+        await until(lambda: sum(task.done() for task in full) == 5 and running.launcher.running == 2)
+        took = []
+        while len(took) < 200:
+            began = time.perf_counter()
+            answer = await asyncio.wait_for(running.sql(), 5)
+            took.append(time.perf_counter() - began)
+            assert answer.status == 503
+            assert 1 <= int(answer.headers["Retry-After"]) <= 60
+        assert statistics.median(took) < 0.05
+        assert running.launcher.count(Verb.CREATE) == 2
+        for task in full:
+            task.cancel()
+        await asyncio.gather(*full, return_exceptions=True)

@@ -1,0 +1,166 @@
+"""A part of the service is away, hangs or dies under a request: the answer comes in bounded time; what is back is used again."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from .conftest import eventually
+from .deployment import Client, Deployment, assert_error, client_of, deployed
+from .launcher_harness import containers_of, launched, runner_image, wire
+from .launcher_harness import eventually as until
+from .private_docker import PrivateDocker, private_docker
+from .sealed import sealed_directory
+from .test_faults import ENDLESS, running_container, serves_again
+
+# Every bound that the service sets itself is shorter; a loaded machine's share is included.
+BOUNDED_SECONDS = 30.0
+
+
+async def within_bounds(answer):
+    return await asyncio.wait_for(answer, BOUNDED_SECONDS)
+
+
+async def health(client: Client) -> tuple[int, dict[str, object]]:
+    async with client.http.get(f"{client.url}/healthz") as response:
+        return response.status, await response.json()
+
+
+async def reachable(client: Client) -> None:
+    """Until web listens; what it answers is another matter."""
+
+    async def asking() -> None:
+        while True:
+            try:
+                await health(client)
+                return
+            except OSError:
+                await asyncio.sleep(0.02)
+
+    await within_bounds(asking())
+
+
+@pytest.fixture(scope="module")
+def daemon() -> Iterator[PrivateDocker]:
+    with private_docker() as daemon:
+        yield daemon
+
+
+@pytest.fixture(scope="module")
+def own(daemon: PrivateDocker) -> Iterator[Deployment]:
+    """With a Docker daemon of its own."""
+    with deployed(docker_socket=daemon.url) as mayfly:
+        yield mayfly
+
+
+async def test_a_daemon_killed_under_a_request_is_a_503_in_bounded_time_and_the_service_heals(own, daemon):
+    async with client_of(own) as client:
+        assert (await client.sql("CREATE TABLE t(x); INSERT INTO t VALUES (1)")).status == 200
+        eventually(lambda: not own.containers())
+        busy = asyncio.create_task(client.sql(f"INSERT INTO t VALUES (2); {ENDLESS}"))
+        await running_container(own)
+        daemon.kill()
+        assert_error(await within_bounds(busy), 503, "engine_unavailable")
+        assert_error(await within_bounds(client.sql("SELECT 1")), 503, "engine_unavailable")
+        daemon.start()
+        await serves_again(client)
+        assert await client.rows("SELECT min(x) FROM t") == [[1]]
+        eventually(lambda: not own.containers())
+
+
+async def test_a_service_started_while_docker_is_down_says_so_and_serves_when_it_is_up(own, daemon):
+    async with client_of(own) as client:
+        await client.rows("SELECT 1")
+        for name in ("web", "launcher"):
+            own.kill(name)
+        daemon.stop()
+        for name in ("launcher", "web"):
+            own.start_one(name)
+        await reachable(client)
+        assert_error(await within_bounds(serving_launcher(client)), 503, "engine_unavailable")
+        status, report = await within_bounds(health(client))
+        assert (status, report["status"]) == (503, "unavailable")
+        assert_error(await within_bounds(client.another().sql("SELECT 1")), 503, "engine_unavailable")
+        daemon.start()
+        await serves_again(client)
+
+
+async def serving_launcher(client: Client):
+    """The first answer that is not the launcher's absence."""
+    while (answer := await client.sql("SELECT 1")).body.get("code") == "launcher_unavailable":
+        await asyncio.sleep(0.05)
+    return answer
+
+
+async def test_a_launcher_without_its_image_refuses_to_start_and_says_what_builds_it(own):
+    async with client_of(own) as client:
+        await client.rows("SELECT 1")
+        own.kill("launcher")
+        image = own.environment.get("MAYFLY_IMAGE", "mayfly-runner:latest")
+        own.environment["MAYFLY_IMAGE"] = "mayfly-absent:latest"
+        own.start_one("launcher")
+        own.wait_until_dead("launcher")
+        log = (own.state / "operator" / "launcher.log").read_text()
+        assert "mayfly-absent:latest" in log.splitlines()[-1]
+        assert "infra/up" in log.splitlines()[-1]
+        assert_error(await within_bounds(client.sql("SELECT 1")), 503, "launcher_unavailable")
+        own.environment["MAYFLY_IMAGE"] = image
+        own.start_one("launcher")
+        await serves_again(client)
+
+
+async def test_a_daemon_lost_in_the_launchers_self_test_says_nothing_about_the_host():
+    slowly = {"container_cpus": 0.1}
+    with runner_image(), sealed_directory() as state:
+        async with wire(state) as line, launched(state, docker_socket=line.url, **slowly) as (launcher, launchers_client):
+            await line.mend()
+            await until(lambda: [item["State"] for item in containers_of(launcher.deployment)] == ["running"], 60)
+            await line.cut()
+            await until(lambda: " lost: " in launcher.log.read_text())
+            assert (await launchers_client.health())["daemon"] == "down"
+            await line.mend()
+            while (await launchers_client.health())["daemon"] == "down":
+                await asyncio.sleep(0.05)
+            assert launcher.process is not None
+            assert launcher.process.poll() is None
+
+
+async def test_a_launcher_that_hangs_is_answered_for_in_bounded_time_and_used_again_when_it_goes_on():
+    with deployed() as mayfly:
+        async with client_of(mayfly) as client:
+            await client.rows("SELECT 1")
+            eventually(lambda: not mayfly.containers())
+            busy = asyncio.create_task(client.sql(ENDLESS))
+            await running_container(mayfly)
+            mayfly.signal("launcher", signal.SIGSTOP)
+            try:
+                assert_error(await within_bounds(busy), 408, "query_timeout")
+                waiting = [client.sql("SELECT 1"), client.another().sql("SELECT 1")]
+                for answer in await within_bounds(asyncio.gather(*waiting)):
+                    assert_error(answer, 503, "launcher_unavailable")
+                status, _ = await within_bounds(health(client))
+                assert status == 503
+            finally:
+                mayfly.signal("launcher", signal.SIGCONT)
+            await serves_again(client)
+            eventually(lambda: not mayfly.containers())
+
+
+async def test_a_web_process_killed_with_requests_in_flight_leaves_no_container_and_the_next_one_serves():
+    with deployed() as mayfly:
+        async with client_of(mayfly) as client:
+            await client.rows("SELECT 1")
+            eventually(lambda: not mayfly.containers())
+            busy = [asyncio.create_task(caller.sql(ENDLESS)) for caller in (client, client.another(), client.another())]
+            await running_container(mayfly)
+            launcher = mayfly.pid("launcher")
+            mayfly.kill("web")
+            await asyncio.gather(*busy, return_exceptions=True)
+            eventually(lambda: not mayfly.containers())
+            mayfly.start_one("web")
+            await reachable(client)
+            await serves_again(client)
+            assert mayfly.pid("launcher") == launcher
