@@ -1,6 +1,7 @@
 """The rooms of the project and the direction of the imports between them."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,8 +42,6 @@ def test_a_room_imports_nothing_that_is_not_its_business(room):
 
 
 def test_the_runner_needs_the_standard_library_and_apsw_alone():
-    import sys
-
     allowed = sys.stdlib_module_names | {"apsw", "runner"}
     for path in modules_under("runner"):
         for module in imported_modules(path):
@@ -64,3 +63,13 @@ def test_every_package_of_the_tree_is_installed():
     assert patterns == ["gateway*", "runner"]
     for room in ("gateway", "gateway/web", "gateway/launcher", "gateway/launcher/engines", "runner"):
         assert (REPO / room / "__init__.py").exists(), room
+
+
+def test_M4_foreign_functions_are_called_for_the_sandbox_alone():
+    users = {
+        path.relative_to(REPO).as_posix()
+        for room in ("gateway", "runner")
+        for path in modules_under(room)
+        if any(module.split(".")[0] in ("ctypes", "cffi") for module in imported_modules(path))
+    }
+    assert users == {"runner/seccomp.py", "runner/syscalls.py"}

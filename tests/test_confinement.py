@@ -127,7 +127,7 @@ def test_without_any_layer_every_attempt_gets_through(probes: Probes) -> None:
     assert outcomes(probes, [], attempts) == {name: WITHOUT_LAYERS.get(name, "done") for name in attempts}
 
 
-def test_landlock_alone_leaves_two_files(probes: Probes) -> None:
+def test_W6a_landlock_alone_leaves_two_files(probes: Probes) -> None:
     honest = "read_write_and_truncate_both_files"
     assert outcomes(probes, ["privileges", "landlock"], [honest, *BY_LANDLOCK]) == {honest: "done", **BY_LANDLOCK}
 

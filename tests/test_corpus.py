@@ -185,7 +185,7 @@ def seen(results: Sequence[list[list[Answer]]]) -> Counter[str]:
     return Counter(answer.verdict() for runs in results for run in runs for answer in run)
 
 
-def test_every_case_gets_one_valid_answer_in_time_and_the_same_again(cases, probes):
+def test_M1_every_case_gets_one_valid_answer_in_time_and_the_same_again(cases, probes):
     with sealed_disk("size=256m") as state:
         results = run_all(probes, state, cases, runs=2)
     wrong = faults(cases, results)
@@ -228,7 +228,7 @@ def test_scripts_beyond_every_size_are_answered_and_not_dropped(probes):
     assert set(seen(results)) <= {"too_complex", "sql_error", "ok"}, seen(results)
 
 
-async def test_in_containers_of_their_own_cases_end_the_same_and_leave_neighbours_and_launcher_as_they_were(cases, probes):
+async def test_M6_in_containers_of_their_own_cases_end_the_same_and_leave_neighbours_and_launcher_as_they_were(cases, probes):
     chosen = cases if corpus.FULL else random.Random(SEED).sample(cases, SAMPLE)
     with sealed_disk("size=256m") as state:
         expected = await asyncio.to_thread(run_all, probes, state, chosen, 1)

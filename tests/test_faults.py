@@ -81,7 +81,7 @@ async def test_a_runner_that_the_kernel_kills_for_memory_is_the_callers_error():
             eventually(lambda: not mayfly.containers())
 
 
-async def test_sqlites_own_memory_is_bounded_before_the_kernel_has_to_kill(client):
+async def test_M17_sqlites_own_memory_is_bounded_before_the_kernel_has_to_kill(client):
     hungry = (
         "WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n+1 FROM c LIMIT 100000) SELECT n, randomblob(1000) r FROM c ORDER BY r"
     )

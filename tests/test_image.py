@@ -221,7 +221,7 @@ def test_build_record_names_every_package_of_the_lock_with_version_and_hash(buil
     assert build["patches"].keys() == {path.name for path in (REPO / "infra" / "patches").iterdir()}
 
 
-def test_sqlite_is_compiled_without_what_hostile_sql_could_use(build):
+def test_W1_sqlite_is_compiled_without_what_hostile_sql_could_use(build):
     options = set(build["compile_options"])
     wanted = {"OMIT_LOAD_EXTENSION", "OMIT_DEPRECATED", "OMIT_SHARED_CACHE", "DQS=0", "MAX_ATTACHED=1", "TEMP_STORE=3"}
     wanted |= {"MAX_MMAP_SIZE=0", "MAX_WORKER_THREADS=0", "ENABLE_FTS5", "ENABLE_RTREE", "ENABLE_MATH_FUNCTIONS"}
@@ -409,7 +409,7 @@ def test_change_in_the_runner_makes_only_the_last_layer_anew(engine, checkout, s
     assert before.attrs["RootFS"]["Layers"][1] != after.attrs["RootFS"]["Layers"][1]
 
 
-def test_same_inputs_give_the_same_root_file_system(engine, checkout, scratch_tag, tmp_path):
+def test_M16_same_inputs_give_the_same_root_file_system(engine, checkout, scratch_tag, tmp_path):
     assert build_image(checkout, scratch_tag).returncode == 0
     cache = tmp_path / "cache" / "mayfly" / "image"
     cache.mkdir(parents=True)

@@ -12,7 +12,7 @@ async def turns():
         await asyncio.sleep(0)
 
 
-async def test_the_lease_goes_round_in_the_order_of_asking():
+async def test_M13_the_lease_goes_round_in_the_order_of_asking():
     leases, instance, order = Leases(), uuid7(), []
     first = await leases.acquire(instance)
 

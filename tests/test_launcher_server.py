@@ -78,7 +78,7 @@ def fuzzed(random_, instances):
     return packet, random_.choice([0, 0, 0, 1, 1, 2, 3, 40])
 
 
-async def test_ten_thousand_fuzzed_packets_leave_the_launcher_as_it_was(state):
+async def test_M5_ten_thousand_fuzzed_packets_leave_the_launcher_as_it_was(state):
     random_ = random.Random(20260101)
     # Ids that do not exist: a fuzzed RUN must not cost a container start each; one that exists is run before and after.
     instances = [uuid7() for _ in range(20)]

@@ -243,7 +243,7 @@ def test_it_succeeds_where_no_layer_stands(scene: Ground, attack: Attack) -> Non
 
 
 @pytest.mark.parametrize(("attack", "layer"), PAIRS)
-async def test_it_is_refused_by_one_layer_alone(scene: Ground, attack: Attack, layer: Layer) -> None:
+async def test_W9_it_is_refused_by_one_layer_alone(scene: Ground, attack: Attack, layer: Layer) -> None:
     order = order_of(scene, attack, layer)
     if layer.launcher is not None:
         outcome = await scene.launch(order, **layer.launcher)
@@ -253,7 +253,7 @@ async def test_it_is_refused_by_one_layer_alone(scene: Ground, attack: Attack, l
     assert outcome == layer.refusal
 
 
-def test_every_attack_meets_three_layers_or_more() -> None:
+def test_W9_every_attack_meets_three_layers_or_more() -> None:
     for attack in ATTACKS:
         assert len({layer.name for layer in attack.layers}) == len(attack.layers) >= 3, attack.name
         assert attack.success not in [layer.refusal for layer in attack.layers], attack.name

@@ -192,7 +192,7 @@ async def test_a_memory_bomb_is_refused_and_its_instance_works_on(caller: Client
 
 
 @pytest.mark.parametrize("name", DISK)
-async def test_a_disk_bomb_never_holds_more_than_two_files_of_the_quota(caller: Client, patient: Deployment, name: str) -> None:
+async def test_W5_a_disk_bomb_never_holds_more_than_two_files_of_the_quota(caller: Client, patient: Deployment, name: str) -> None:
     bomb = DISK[name]
     await caller.rows("SELECT 1")
     await prepare(caller, bomb)
@@ -242,7 +242,7 @@ async def test_the_disk_bomb_goes_off_where_the_quota_is_far_away(roomy: Deploym
 # --- twenty at once
 
 
-async def test_twenty_bombs_at_once_each_end_and_another_tenant_is_served_correctly_meanwhile() -> None:
+async def test_M3_twenty_bombs_at_once_each_end_and_another_tenant_is_served_correctly_meanwhile() -> None:
     bombs = {**PROCESSOR, **{name: MEMORY[name] for name in ("a sort", "a temporary table", "savepoints", "distinct values")}}
     bombs |= {name: DISK[name] for name in ("rows", "a full-text index", "a transaction that is rolled back")}
     assert len(bombs) == 20

@@ -60,7 +60,7 @@ def test_the_table_of_limits_knows_every_limit_of_sqlite():
     assert {name.removeprefix("SQLITE_LIMIT_") for name in apsw.mapping_limits if isinstance(name, str)} <= LIMITS
 
 
-def test_a_limit_that_does_not_hold_is_a_refusal(tenant):
+def test_W3_a_limit_that_does_not_hold_is_a_refusal(tenant):
     tenant.limited(sqlite_limits={**tenant.configuration.sqlite_limits, "TRIGGER_DEPTH": 2**31 - 1})
     assert tenant.run("SELECT 1")["verdict"] == "unconfined"
 
@@ -86,7 +86,7 @@ def test_a_file_that_is_no_database_is_damaged(tenant):
     assert tenant.run("SELECT 1") == {"verdict": "damaged", "message": "file is not a database"}
 
 
-def test_a_broken_page_is_damaged(tenant):
+def test_M12_a_broken_page_is_damaged(tenant):
     tenant.run("CREATE TABLE t(a); INSERT INTO t SELECT randomblob(300000)")
     with tenant.path.open("r+b") as file:
         file.seek(4096)
@@ -140,7 +140,7 @@ runner.execute.run_request(
 
 
 @pytest.mark.parametrize("at", [4, 6, 8])
-def test_a_runner_killed_in_the_middle_of_a_write_leaves_the_state_before_it(tenant, at):
+def test_M7_a_runner_killed_in_the_middle_of_a_write_leaves_the_state_before_it(tenant, at):
     count = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c LIMIT 2000)"
     assert tenant.run(f"CREATE TABLE t(a); {count} INSERT INTO t SELECT zeroblob(4000) FROM c")["verdict"] == "ok"
     here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

@@ -401,7 +401,7 @@ def test_the_tables_are_broad():
 
 
 @pytest.mark.parametrize(("sql", "rows"), ORDINARY, ids=[sql[:60] for sql, _ in ORDINARY])
-def test_an_ordinary_statement_passes(tenant, sql, rows):
+def test_W2_an_ordinary_statement_passes(tenant, sql, rows):
     reply = tenant.run(sql)
     assert reply["verdict"] == "ok", reply
     if rows is not ANY:
@@ -410,7 +410,7 @@ def test_an_ordinary_statement_passes(tenant, sql, rows):
 
 
 @pytest.mark.parametrize(("sql", "what"), FORBIDDEN, ids=[sql[:60] for sql, _ in FORBIDDEN])
-def test_a_hostile_statement_is_forbidden_and_named(tenant, sql, what):
+def test_W2_a_hostile_statement_is_forbidden_and_named(tenant, sql, what):
     reply = tenant.run(sql, ["x"] if "?" in sql and "vfs" not in sql and "mode" not in sql else None)
     assert reply == {"verdict": "forbidden", "message": what}
     assert tenant.rows("SELECT count(*) FROM t") == [[3]]

@@ -206,7 +206,7 @@ def tenant(tmp_path_factory: pytest.TempPathFactory) -> TenantDatabase:
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(values=st.lists(plain_values, min_size=1, max_size=8))
-def test_every_value_survives_the_way_through_sqlite(tenant, values):
+def test_M14_every_value_survives_the_way_through_sqlite(tenant, values):
     wanted = [tagged(value) for value in values]
     payload = json.dumps({"v": 1, "sql": f"SELECT {','.join('?' * len(values))}", "args": wanted, "int64": "number"})
     request = decode_request(payload.encode("utf-8"))

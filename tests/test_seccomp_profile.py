@@ -64,7 +64,7 @@ def under_filter(probes: Probes) -> dict[str, str]:
     return survey
 
 
-def test_the_container_reaches_exactly_the_profiles_system_calls(under_profile: dict[str, str]) -> None:
+def test_W6b_the_container_reaches_exactly_the_profiles_system_calls(under_profile: dict[str, str]) -> None:
     assert reached(under_profile) == numbers_of([*allowed_names(), *FOR_CHILDREN])
 
 
@@ -72,7 +72,7 @@ def test_without_a_profile_hundreds_are_reached(probes: Probes) -> None:
     assert len(reached(probes.run([], probe="/survey.py", seccomp=None).report)) > 250
 
 
-def test_the_filter_alone_leaves_exactly_the_tables_and_ends_all_else(under_filter: dict[str, str]) -> None:
+def test_W6b_the_filter_alone_leaves_exactly_the_tables_and_ends_all_else(under_filter: dict[str, str]) -> None:
     allowed = set(syscalls.numbers(syscalls.ALLOWED, MACHINE).values())
     refused = set(syscalls.numbers(syscalls.REFUSED, MACHINE).values())
     assert reached(under_filter) == allowed

@@ -53,7 +53,7 @@ async def test_hostile_sql_gets_its_documented_answer_in_time(client, sql, statu
     assert await client.rows("SELECT 2") == [[2]]
 
 
-async def test_one_opcode_that_outlives_every_timer_is_still_answered(client):
+async def test_W4_one_opcode_that_outlives_every_timer_is_still_answered(client):
     bomb = (
         "WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n+1 FROM c) "
         "SELECT sum(instr(s, s || 'b')), count(*) FROM c, (SELECT replace(hex(zeroblob(149000)), '0', 'a') s)"
@@ -61,7 +61,7 @@ async def test_one_opcode_that_outlives_every_timer_is_still_answered(client):
     assert_error(await client.sql(bomb), 408, "query_timeout", "query timeout")
 
 
-async def test_filling_the_database_ends_at_its_quota_and_it_can_be_emptied_again(client, mayfly):
+async def test_W5_filling_the_database_ends_at_its_quota_and_it_can_be_emptied_again(client, mayfly):
     await client.sql("CREATE TABLE t(b)")
     for _ in range(8):
         answer = await client.sql(
@@ -105,7 +105,7 @@ async def test_words_that_look_dangerous_are_legal_where_they_are_only_words(cli
         {"$text": "/0E="},
     ],
 )
-async def test_every_value_survives_the_way_through_a_table(client, value):
+async def test_M2_every_value_survives_the_way_through_a_table(client, value):
     await client.sql("CREATE TABLE v(x)")
     await client.sql("INSERT INTO v VALUES (?)", [value])
     [[back]] = await client.rows("SELECT x FROM v WHERE x IS :x", {"x": value})
@@ -123,12 +123,19 @@ async def test_random_values_differ_between_requests_of_one_second(client):
     assert len({blob for blob, _ in drawn}) == len({number for _, number in drawn}) == 6
 
 
+async def test_M8_temporary_objects_live_one_request_and_never_reach_the_file(client, mayfly):
+    assert await client.rows("CREATE TEMP TABLE t(x); INSERT INTO t VALUES ('canary'); SELECT x FROM t") == [["canary"]]
+    assert_error(await client.sql("SELECT x FROM t"), 400, "sql_error", "invalid sql: no such table: t")
+    for volume in (mayfly.state / "instances").glob("*/volume"):
+        assert all(b"canary" not in path.read_bytes() for path in volume.iterdir())
+
+
 async def test_integers_come_as_strings_on_request(client):
     assert await client.rows("SELECT 9007199254740993, 1.5, 'x'", int64="string") == [["9007199254740993", 1.5, "x"]]
     assert await client.rows("SELECT ?", [{"$int": "9007199254740993"}]) == [[9007199254740993]]
 
 
-async def test_answers_are_cut_at_ten_thousand_rows_and_at_a_megabyte(client):
+async def test_M10_answers_are_cut_at_ten_thousand_rows_and_at_a_megabyte(client):
     endless = await client.sql("WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n+1 FROM c) SELECT n FROM c")
     assert endless.body["truncated"] is True
     assert len(endless.body["rows"]) == 10_000
@@ -139,7 +146,7 @@ async def test_answers_are_cut_at_ten_thousand_rows_and_at_a_megabyte(client):
     assert "truncated" not in exact.body
 
 
-async def test_a_busy_request_is_exactly_one_container_with_one_mount_and_none_is_left(client, mayfly):
+async def test_W6c_a_busy_request_is_exactly_one_container_with_one_mount_and_none_is_left(client, mayfly):
     await client.rows("SELECT 1")
     eventually(lambda: not mayfly.containers())
     busy = asyncio.create_task(client.sql(ENDLESS))
@@ -186,7 +193,7 @@ def open_descriptors(pid: int) -> int:
     return len(os.listdir(f"/proc/{pid}/fd"))
 
 
-async def test_two_hundred_parallel_requests_of_twenty_instances_do_not_mix(mayfly):
+async def test_W10_two_hundred_parallel_requests_of_twenty_instances_do_not_mix(mayfly):
     eventually(lambda: not mayfly.containers())
     before = {name: open_descriptors(mayfly.pid(name)) for name in ("launcher", "web")}
     async with client_of(mayfly) as client:
@@ -212,7 +219,7 @@ async def twenty_callers_ask_at_once(callers: list[Client]) -> None:
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become the gateway's user")
-def test_the_gateways_user_reaches_neither_docker_nor_volumes_nor_the_launchers_folder(mayfly):
+def test_W12_the_gateways_user_reaches_neither_docker_nor_volumes_nor_the_launchers_folder(mayfly):
     probe = f"""
 import os, socket
 for path in ["{mayfly.state}/instances", "{mayfly.state}/launcher", "{mayfly.state}/operator"]:
@@ -238,7 +245,7 @@ except PermissionError:
     assert "NoNewPrivs:\t1" in status
 
 
-async def test_the_access_log_has_seven_fields_and_no_secret(client, mayfly):
+async def test_W11_the_access_log_has_seven_fields_and_no_secret(client, mayfly):
     secret = "canary7531"
     await client.sql(f"CREATE TABLE {secret}(x); INSERT INTO {secret} VALUES ('{secret}')")
     await client.sql(f"SELECT ? AS {secret}", [secret])

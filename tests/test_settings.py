@@ -16,7 +16,7 @@ def documented_rows() -> list[tuple[str, str, str]]:
     return [(name, default.strip("`"), text) for name, default, text in rows]
 
 
-def test_the_documented_table_equals_the_code():
+def test_M15_the_documented_table_equals_the_code():
     wanted = [(PREFIX + item.name.upper(), str(item.default), item.metadata["help"]) for item in fields(Settings)]
     assert documented_rows() == wanted
 

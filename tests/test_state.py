@@ -15,7 +15,7 @@ from .test_faults import serves_again
 ENDLESS = "WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n+1 FROM c) SELECT count(*) FROM c"
 
 
-async def test_an_instance_answers_404_from_the_second_of_its_end_and_its_volume_is_reaped():
+async def test_W13_an_instance_answers_404_from_the_second_of_its_end_and_its_volume_is_reaped():
     with deployed(ttl_seconds="4", reap_interval_seconds="0.5") as mayfly:
         async with client_of(mayfly) as client:
             first = await client.sql("CREATE TABLE t(x)")
@@ -34,7 +34,7 @@ async def test_an_instance_answers_404_from_the_second_of_its_end_and_its_volume
             eventually(lambda: not mayfly.instances() and not mayfly.containers())
 
 
-async def test_a_busy_instance_is_not_reaped_under_its_request():
+async def test_W13_a_busy_instance_is_not_reaped_under_its_request():
     with deployed(ttl_seconds="2", reap_interval_seconds="0.1", deadline_seconds="4") as mayfly:
         async with client_of(mayfly) as client:
             answer = await client.sql(ENDLESS)

@@ -157,7 +157,7 @@ def test_a_hint_about_arguments_does_not_take_their_text_along():
 
 
 @given(st.binary(max_size=300))
-def test_no_bytes_raise_anything_but_an_api_error(raw):
+def test_M9_no_bytes_raise_anything_but_an_api_error(raw):
     with contextlib.suppress(ApiError):
         parse(raw)
 

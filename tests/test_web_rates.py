@@ -19,7 +19,7 @@ def clock():
     return Clock()
 
 
-def test_the_request_after_the_last_one_allowed_is_refused(clock):
+def test_W7_the_request_after_the_last_one_allowed_is_refused(clock):
     rate = Rate(3, clock=clock)
     standings = [rate.hit("192.0.2.1") for _ in range(4)]
     assert [standing.allowed for standing in standings] == [True, True, True, False]

@@ -61,7 +61,7 @@ def test_two_tokens_of_one_instance_differ(tokens):
     assert tokens.issue(instance).reveal() != tokens.issue(instance).reveal()
 
 
-def test_every_changed_bit_of_a_token_fails(tokens):
+def test_W8_every_changed_bit_of_a_token_fails(tokens):
     raw = base64.urlsafe_b64decode(tokens.issue(uuid7()).reveal()[4:] + "=")
     for bit in range(80 * 8):
         flipped = bytearray(raw)
