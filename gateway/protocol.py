@@ -9,9 +9,10 @@ from enum import IntEnum
 
 VERSION = 1
 MAX_DETAIL_BYTES = 32 * 1024
+NO_INSTANCE = uuid.UUID(int=0)
 
 _REQUEST = struct.Struct("!BBHQ16s")
-_REPLY = struct.Struct("!BBBBQQ")
+_REPLY = struct.Struct("!BBBBQQ16s")
 
 REQUEST_BYTES = _REQUEST.size
 MAX_REPLY_BYTES = _REPLY.size + MAX_DETAIL_BYTES
@@ -25,17 +26,19 @@ class Verb(IntEnum):
     HEALTH = 5
 
 
+_NAMELESS = frozenset({Verb.CREATE, Verb.HEALTH})
+
+
 class Status(IntEnum):
     DONE = 0
     UNKNOWN = 1
-    EXISTS = 2
-    STARTED = 3
-    ENDED = 4
-    ENGINE_DOWN = 5
-    IMAGE_MISSING = 6
-    STORAGE_LOW = 7
-    BUSY = 8
-    FAILED = 9
+    STARTED = 2
+    ENDED = 3
+    ENGINE_DOWN = 4
+    IMAGE_MISSING = 5
+    STORAGE_LOW = 6
+    BUSY = 7
+    FAILED = 8
 
 
 class Verdict(IntEnum):
@@ -75,9 +78,9 @@ class Request:
         except ValueError:
             raise MalformedPacketError("unknown verb") from None
         instance = uuid.UUID(bytes=raw)
-        if known is Verb.HEALTH:
-            if instance.int != 0:
-                raise MalformedPacketError("HEALTH names no instance")
+        if known in _NAMELESS:
+            if instance != NO_INSTANCE:
+                raise MalformedPacketError(f"{known.name} names no instance")
         elif instance.version != 7:
             raise MalformedPacketError("not a UUIDv7")
         return cls(known, sequence, instance)
@@ -90,21 +93,23 @@ class Reply:
     expires_at: int = 0
     verdict: Verdict = Verdict.EXITED
     detail: str = ""
+    instance: uuid.UUID = NO_INSTANCE
 
     def pack(self) -> bytes:
         detail = self.detail.encode("utf-8", "replace")[:MAX_DETAIL_BYTES]
-        return _REPLY.pack(VERSION, self.status, self.verdict, 0, self.sequence, self.expires_at) + detail
+        head = _REPLY.pack(VERSION, self.status, self.verdict, 0, self.sequence, self.expires_at, self.instance.bytes)
+        return head + detail
 
     @classmethod
     def unpack(cls, packet: bytes) -> Reply:
         """Read one packet; raises MalformedPacketError for any but the documented form."""
         if not _REPLY.size <= len(packet) <= MAX_REPLY_BYTES:
             raise MalformedPacketError(f"{len(packet)} bytes")
-        version, status, verdict, reserved, sequence, expires_at = _REPLY.unpack_from(packet)
+        version, status, verdict, reserved, sequence, expires_at, raw = _REPLY.unpack_from(packet)
         if version != VERSION or reserved != 0:
             raise MalformedPacketError("unknown version")
         try:
             detail = packet[_REPLY.size :].decode("utf-8")
-            return cls(Status(status), sequence, expires_at, Verdict(verdict), detail)
+            return cls(Status(status), sequence, expires_at, Verdict(verdict), detail, uuid.UUID(bytes=raw))
         except ValueError as error:
             raise MalformedPacketError(str(error)) from None

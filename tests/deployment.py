@@ -28,6 +28,8 @@ user=$1_user
 spawn "$1" "${!user}" -m "gateway.$1"
 """
 UNLIMITED = {"MAYFLY_RATE_REQUESTS_PER_MINUTE": "0", "MAYFLY_RATE_CREATES_PER_MINUTE": "0"}
+# Nothing is started ahead unless a test is about that: a container that is seen then belongs to a request.
+COLD = {"MAYFLY_NURSERY": "0", "MAYFLY_SUCCESSORS": "0"}
 
 
 @dataclass
@@ -41,7 +43,7 @@ class Deployment:
 
     def __post_init__(self) -> None:
         own = {"MAYFLY_STATE_DIR": str(self.state), "MAYFLY_LISTEN": self.address, "MAYFLY_MIN_FREE_BYTES": "0"}
-        self.environment = {**os.environ, **UNLIMITED, **own, **self.settings}
+        self.environment = {**os.environ, **UNLIMITED, **COLD, **own, **self.settings}
 
     @property
     def url(self) -> str:

@@ -22,7 +22,7 @@ from gateway.launcher.engines.docker import DockerEngine
 from gateway.launcher.registry import Registry
 from gateway.protocol import Verdict
 from gateway.settings import Settings
-from gateway.web.uuid7 import uuid7
+from gateway.uuid7 import uuid7
 
 from .containers import PROFILE, Probes, probes_beside_the_runner
 from .sealed import sealed_directory

@@ -25,6 +25,7 @@ import aiohttp
 
 from gateway.protocol import REQUEST_BYTES, Reply, Request, Status, Verb, Verdict
 from gateway.settings import Settings
+from gateway.uuid7 import uuid7
 from gateway.web import errors
 from gateway.web.app import build_app
 from gateway.web.server import Server
@@ -204,8 +205,9 @@ class FakeLauncher:
     def _answer(self, request: Request) -> Reply:
         match request.verb:
             case Verb.CREATE:
-                self.instances[request.instance] = int(time.time()) + self.ttl_seconds
-                return Reply(Status.DONE, request.sequence, self.instances[request.instance])
+                made = uuid7()
+                self.instances[made] = int(time.time()) + self.ttl_seconds
+                return Reply(Status.DONE, request.sequence, self.instances[made], instance=made)
             case Verb.FIND:
                 if request.instance not in self.instances:
                     return Reply(Status.UNKNOWN, request.sequence)

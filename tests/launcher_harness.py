@@ -23,7 +23,7 @@ from typing import Any
 import docker
 
 from gateway.launcher.specification import LABEL_DEPLOYMENT
-from gateway.protocol import MAX_REPLY_BYTES, Reply, Request, Status, Verb
+from gateway.protocol import MAX_REPLY_BYTES, NO_INSTANCE, Reply, Request, Status, Verb
 
 REPO = Path(__file__).resolve().parent.parent
 IMAGE = "mayfly-test-runner:latest"
@@ -73,11 +73,24 @@ match request["do"]:
         os.close(1)
         while True:
             time.sleep(60)
+    case "append_and_hang":
+        with open("/data/db.sqlite", "a") as file:
+            file.write(request["text"])
+        while True:
+            time.sleep(60)
     case "append":
         with open("/data/db.sqlite", "a") as file:
             file.write(request["text"])
         with open("/data/db.sqlite") as file:
             reply({"content": file.read()})
+    case "who":
+        with open("/proc/self/mountinfo") as file:
+            mounts = [line.split() for line in file]
+        reply({
+            "root": next(mount[-1] for mount in mounts if mount[4] == "/"),
+            "volumes": [mount[3] for mount in mounts if "instances" in mount[3]],
+            "content": sum(os.stat(f"/data/{name}").st_size for name in ("db.sqlite", "db.sqlite-journal")),
+        })
     case "large":
         reply({"x": "y" * request["bytes"]})
 """
@@ -181,7 +194,7 @@ class Client:
             self._replies[reply.sequence].put_nowait(reply)
 
     async def ask(self, verb: Verb, instance: uuid.UUID | None = None) -> Reply:
-        replies = self._send(verb, instance or uuid.UUID(int=0), [])
+        replies = self._send(verb, instance or NO_INSTANCE, [])
         async with asyncio.timeout(60):
             return await replies.get()
 
@@ -195,9 +208,9 @@ class Client:
         return json.loads((await self.ask(Verb.HEALTH)).detail)
 
     async def create(self) -> uuid.UUID:
-        instance = uuid7()
-        assert (await self.ask(Verb.CREATE, instance)).status is Status.DONE
-        return instance
+        made = await self.ask(Verb.CREATE)
+        assert made.status is Status.DONE, made
+        return made.instance
 
     @asynccontextmanager
     async def run(self, instance: uuid.UUID) -> AsyncIterator[tuple[socket.socket, asyncio.Queue[Reply]]]:
@@ -234,7 +247,8 @@ class Launcher:
         self.checkout = REPO
         self.socket = state / "run" / "launcher.sock"
         self.log = state / "launcher.log"
-        own = {"state_dir": state, "image": IMAGE, "min_free_bytes": 0}
+        # Warmth is off unless a test is about it: containers are counted here.
+        own = {"state_dir": state, "image": IMAGE, "min_free_bytes": 0, "nursery": 0, "successors": 0}
         self.environment = {f"MAYFLY_{name.upper()}": str(value) for name, value in {**own, **settings}.items()}
         self.process: subprocess.Popen[bytes] | None = None
 

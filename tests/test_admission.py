@@ -175,15 +175,25 @@ async def test_callers_that_hang_up_while_they_wait_make_room_at_once(tmp_path):
         assert len(gate.passed) == web.launcher.count(Verb.CREATE) == 5
 
 
-async def test_a_caller_that_hangs_up_while_its_instance_is_made_leaves_none(tmp_path):
-    async with gateway(tmp_path) as web:
-        web.launcher.silent.add(Verb.CREATE)
-        request = asyncio.ensure_future(web.sql())
-        await until(lambda: web.launcher.count(Verb.CREATE) == 1)
-        request.cancel()
-        await until(lambda: web.launcher.count(Verb.REMOVE) == 1)
-        assert web.launcher.verbs[0][1] == web.launcher.verbs[1][1]
-        await until(lambda: web.app[RUNS].leases.held == 0)
+async def test_the_second_call_of_a_new_instance_takes_no_slot_while_the_container_of_the_first_is_torn_down(tmp_path):
+    async with gateway(tmp_path, slots=2, deadline_seconds=60.0) as web:
+        gone = asyncio.Event()
+
+        async def slow_to_end(run: FakeRun) -> None:
+            run.started()
+            await run.read_request()
+            await run.send(ok(["a"], [[1]]))
+            run.stream.close()
+            await gone.wait()
+            run.ended()
+
+        web.launcher.script = slow_to_end
+        first = await web.sql()
+        second = asyncio.ensure_future(web.sql("SELECT 2", first.headers["X-Walkin-Session"]))
+        await until(lambda: waiting(web) == 1)
+        assert (await web.sql("another instance")).status == 200
+        gone.set()
+        assert (await second).status == 200
 
 
 async def test_a_refusal_takes_less_than_fifty_milliseconds_while_every_slot_and_every_place_is_taken(tmp_path):

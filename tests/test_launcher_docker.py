@@ -98,15 +98,34 @@ async def test_the_largest_allowed_reply_comes_whole(state):
         assert len(unframe(output)["x"]) == size
 
 
-async def test_a_container_that_replies_and_lingers_is_killed_but_the_caller_does_not_wait_for_it(state):
-    async with launched(state, deadline_seconds=3) as (_, client):
+async def test_a_container_that_replies_and_lingers_is_killed_once_its_caller_has_gone(state):
+    async with launched(state, deadline_seconds=50) as (launcher, client):
         instance = await client.create()
         async with client.run(instance) as (ours, replies):
             await asyncio.get_running_loop().sock_sendall(ours, frame(do="linger"))
-            assert unframe(await read_all(ours)) == {"do": "linger"}
+            assert await asyncio.get_running_loop().sock_recv(ours, 4) == b"\0\0\0\x10"
             assert (await replies.get()).status is Status.STARTED
             assert replies.empty()
-            assert (await replies.get()).verdict is Verdict.DEADLINE
+            ours.close()
+            assert (await replies.get()).verdict is Verdict.CANCELLED
+            assert containers_of(launcher.deployment) == []
+
+
+async def test_a_container_that_replies_and_lingers_is_killed_at_its_deadline_while_its_caller_listens(state):
+    async with launched(state, deadline_seconds=1) as (_, client):
+        replies, output = await client.do(await client.create(), do="linger")
+        assert (ended(replies), unframe(output)) == (Verdict.DEADLINE, {"do": "linger"})
+
+
+async def test_a_caller_that_has_gone_with_its_reply_does_not_make_the_runner_a_cancelled_one(state):
+    async with launched(state) as (_, client):
+        instance = await client.create()
+        async with client.run(instance) as (ours, replies):
+            await asyncio.get_running_loop().sock_sendall(ours, frame(do="echo"))
+            assert len(await asyncio.get_running_loop().sock_recv(ours, 100)) > 4
+            ours.close()
+            assert (await replies.get()).status is Status.STARTED
+            assert (await replies.get()).verdict is Verdict.EXITED
 
 
 async def test_a_caller_that_hangs_up_ends_its_container_at_once(state):
@@ -241,9 +260,12 @@ async def test_verbs_on_instances_answer_as_documented(state):
         instance = uuid7()
         assert (await client.ask(Verb.FIND, instance)).status is Status.UNKNOWN
         assert (await client.do(instance, do="echo"))[0][0].status is Status.UNKNOWN
-        made = await client.ask(Verb.CREATE, instance)
+        assert (await client.ask(Verb.FIND, instance)).instance == instance
+        made = await client.ask(Verb.CREATE)
         assert made.status is Status.DONE
-        assert (await client.ask(Verb.CREATE, instance)).status is Status.EXISTS
+        instance = made.instance
+        assert instance.version == 7
+        assert (await client.ask(Verb.CREATE)).instance != instance
         found = await client.ask(Verb.FIND, instance)
         assert (found.status, found.expires_at) == (Status.DONE, made.expires_at)
         assert (await client.ask(Verb.REMOVE, instance)).status is Status.DONE

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.launcher.engines.relay import Demultiplexer, End, GarbledStreamError, HangUp, RelayLimits, relay
+from gateway.launcher.engines.relay import Demultiplexer, End, GarbledStreamError, HangUp, Relay, RelayLimits
 
 
 def piece(data, stream=1):
@@ -41,14 +41,15 @@ def pair():
 
 async def test_closing_is_hanging_up_and_shutting_for_writing_is_not(pair):
     ours, theirs = pair
-    hang_up = HangUp(ours)
+    over = asyncio.Event()
+    hang_up = HangUp(ours, over)
     theirs.shutdown(socket.SHUT_WR)
     await asyncio.sleep(0)
     assert await asyncio.get_running_loop().sock_recv(ours, 1) == b""
-    assert not hang_up.event.is_set()
+    assert not over.is_set()
     theirs.close()
     async with asyncio.timeout(5):
-        await hang_up.event.wait()
+        await over.wait()
     hang_up.close()
     hang_up.close()
 
@@ -56,8 +57,9 @@ async def test_closing_is_hanging_up_and_shutting_for_writing_is_not(pair):
 async def test_a_caller_already_gone_is_seen_without_waiting(pair):
     ours, theirs = pair
     theirs.close()
-    hang_up = HangUp(ours)
-    assert hang_up.event.is_set()
+    over = asyncio.Event()
+    hang_up = HangUp(ours, over)
+    assert over.is_set()
     hang_up.close()
 
 
@@ -76,14 +78,10 @@ LIMITS = RelayLimits(request_bytes=10, reply_bytes=10, kill_after_seconds=30, id
 async def carried(pair, container_pair, act, limits=LIMITS):
     caller, web = pair
     container, daemon = container_pair
-    hang_up = HangUp(caller)
-    work = asyncio.create_task(relay(caller, container, limits, hang_up, asyncio.Event()))
-    try:
-        async with asyncio.timeout(20):
-            await act(web, daemon)
-            return (await work)[0]
-    finally:
-        hang_up.close()
+    work = asyncio.create_task(Relay(caller, limits, asyncio.Event()).carry(container))
+    async with asyncio.timeout(20):
+        await act(web, daemon)
+        return await work
 
 
 async def test_a_request_past_its_cap_is_cut_there(pair, container_pair):
@@ -125,3 +123,37 @@ async def test_a_garbled_stream_ends_the_relay(pair, container_pair):
         await asyncio.get_running_loop().sock_sendall(daemon, b"HTTP/1.1 500 no")
 
     assert await carried(pair, container_pair, act) is End.GARBLED
+
+
+async def test_a_request_that_a_dead_container_did_not_take_is_carried_to_the_next(pair, container_pair):
+    caller, web = pair
+    dead, gone = socket.socketpair()
+    dead.setblocking(False)
+    gone.close()
+    loop = asyncio.get_running_loop()
+    relay = Relay(caller, LIMITS, asyncio.Event())
+    await loop.sock_sendall(web, b"request")
+    with dead:
+        assert await relay.carry(dead) is End.OUTPUT_OVER
+    assert relay.untouched
+    container, daemon = container_pair
+    work = asyncio.create_task(relay.carry(container))
+    assert await loop.sock_recv(daemon, 100) == b"request"
+    await loop.sock_sendall(daemon, piece(b"reply"))
+    assert await loop.sock_recv(web, 100) == b"reply"
+    daemon.close()
+    assert await work is End.OUTPUT_OVER
+    assert not relay.untouched
+
+
+async def test_a_request_that_was_taken_is_not_carried_again(pair, container_pair):
+    caller, web = pair
+    container, daemon = container_pair
+    loop = asyncio.get_running_loop()
+    relay = Relay(caller, LIMITS, asyncio.Event())
+    await loop.sock_sendall(web, b"x")
+    work = asyncio.create_task(relay.carry(container))
+    assert await loop.sock_recv(daemon, 100) == b"x"
+    daemon.close()
+    assert await work is End.OUTPUT_OVER
+    assert not relay.untouched

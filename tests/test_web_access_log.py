@@ -8,8 +8,8 @@ from datetime import UTC, datetime
 
 import pytest
 
+from gateway.uuid7 import uuid7
 from gateway.web.access_log import AccessLog
-from gateway.web.uuid7 import uuid7
 
 NOON = datetime(2026, 3, 10, 12, 0, 0, 123_456, tzinfo=UTC).timestamp()
 DAY = 86_400

@@ -11,9 +11,9 @@ import uuid
 import pytest
 
 from gateway.protocol import Status, Verb, Verdict
+from gateway.uuid7 import uuid7
 from gateway.web import body as body_module
 from gateway.web.appkeys import ACCESS_LOG, DRAIN, RUNS, TOKENS
-from gateway.web.uuid7 import uuid7
 
 from .fake_launcher import GOLDEN, FakeRun, assert_error, frame, gateway, ok, replying, until
 
@@ -359,17 +359,23 @@ async def test_a_runner_that_never_answers_is_a_408_after_the_deadline(web):
     await until(lambda: held(web) == 0)
 
 
-async def test_a_runner_that_answers_and_does_not_end_its_stream_is_a_408(web):
+async def test_a_runner_that_answers_and_does_not_end_keeps_nobody_waiting_and_keeps_its_lease(web):
     async def lingering(run: FakeRun) -> None:
         run.started()
         await run.read_request()
         await run.send(ok(["a"], [[1]]))
         await run.hung_up()
+        await until(lambda: answered)
         run.ended(Verdict.CANCELLED)
 
     token = await web.token()
-    web.launcher.script = lingering
-    await assert_error(await web.sql("SELECT 1", token), "query_timeout")
+    await until(lambda: held(web) == 0)
+    web.launcher.script, answered = lingering, []
+    response = await web.sql("SELECT 1", token)
+    assert response.status == 200
+    assert held(web) == 1
+    answered.append(response)
+    await until(lambda: held(web) == 0)
 
 
 async def test_a_container_that_does_not_start_in_time_is_a_503(web):

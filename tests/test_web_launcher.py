@@ -9,9 +9,9 @@ import socket
 import pytest
 
 from gateway.protocol import Reply, Status, Verb, Verdict
+from gateway.uuid7 import uuid7
 from gateway.web.errors import ApiError, InstanceNotFoundError, LauncherUnavailableError, RunnerFailedError
 from gateway.web.launcher import Launcher
-from gateway.web.uuid7 import uuid7
 
 from .fake_launcher import FakeLauncher, FakeRun, until
 
@@ -32,12 +32,34 @@ async def launcher(peer):
 
 
 async def test_many_calls_share_one_connection_and_each_gets_its_own_answer(launcher, peer):
-    instances = [uuid7() for _ in range(200)]
-    ends = await asyncio.gather(*(launcher.create(instance) for instance in instances))
+    made = await asyncio.gather(*(launcher.create() for _ in range(200)))
     assert len(peer._connections) == 1
-    assert ends == [peer.instances[instance] for instance in instances]
-    found = await asyncio.gather(*(launcher.find(instance) for instance in [*instances, uuid7()]))
-    assert found == [*ends, None]
+    assert dict(made) == peer.instances
+    assert len(peer.instances) == 200
+    found = await asyncio.gather(*(launcher.find(instance) for instance in [*(instance for instance, _ in made), uuid7()]))
+    assert found == [*(end for _, end in made), None]
+
+
+async def test_an_instance_that_is_made_after_its_caller_left_is_removed(launcher, peer):
+    peer.silent = {Verb.CREATE}
+    waiting = asyncio.ensure_future(launcher.create())
+    await until(lambda: peer.count(Verb.CREATE) == 1)
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+    unwanted = uuid7()
+    peer.broadcast(Reply(Status.DONE, 1, instance=unwanted).pack())
+    await until(lambda: (Verb.REMOVE, unwanted) in peer.verbs)
+
+
+async def test_an_instance_that_is_made_in_the_instant_its_caller_leaves_is_removed(launcher, peer):
+    peer.silent = {Verb.CREATE}
+    waiting = asyncio.ensure_future(launcher.create())
+    await until(lambda: peer.count(Verb.CREATE) == 1)
+    unwanted = uuid7()
+    launcher._dispatch(Reply(Status.DONE, 1, instance=unwanted))
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+    await until(lambda: (Verb.REMOVE, unwanted) in peer.verbs)
 
 
 async def test_removal_of_what_is_gone_is_a_success(launcher, peer):

@@ -259,6 +259,21 @@ async def test_a_lease_without_a_slot_waits_for_the_instance_and_for_nothing_els
     assert at_rest(leases)
 
 
+async def test_a_lease_that_gets_its_name_later_keeps_its_place_and_orders_who_comes_under_that_name():
+    leases = Leases(2, 0, 5.0)
+    hold = await take(leases, A)
+    hold.rename(B)
+    (await take(leases, A)).release()
+    with pytest.raises(ValueError, match="known already"):
+        hold.rename(B)
+    next_one = await waiting_for(leases, B)
+    await asyncio.sleep(0)
+    assert not next_one.done()
+    hold.release()
+    (await next_one).release()
+    assert at_rest(leases)
+
+
 # ── when to come back ────────────────────────────────────────────────────────────────────────────────────────────────
 
 

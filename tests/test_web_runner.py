@@ -233,6 +233,14 @@ async def test_a_frame_arrives_whole_whatever_the_pieces():
         assert await asyncio.wait_for(reading, 5) == b"{}"
 
 
+async def test_a_whole_frame_is_answered_without_waiting_for_the_end_of_the_stream():
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        theirs.sendall(b"\0\0\0\2{}")
+        assert await asyncio.wait_for(exchange(ours, b"", CAP), 5) == b"{}"
+
+
 async def test_a_runner_that_answers_without_reading_is_heard():
     ours, theirs = socket.socketpair()
     with ours:

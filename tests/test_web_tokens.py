@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateway.uuid7 import uuid7
 from gateway.web import tokens as module
 from gateway.web.keys import KeyRing
 from gateway.web.secret import Secret
 from gateway.web.tokens import Tokens
-from gateway.web.uuid7 import uuid7
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ from gateway.launcher.specification import container_specification
 from gateway.launcher.state import prepare_folders
 from gateway.protocol import Status
 from gateway.settings import Settings
-from gateway.web.uuid7 import uuid7
+from gateway.uuid7 import uuid7
 
 from .containers import PROFILE, ROOT, Ended, Probes, probes_beside_the_runner
 from .launcher_harness import launched

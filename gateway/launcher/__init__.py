@@ -2,6 +2,7 @@
 
     gateway/web ── SEQPACKET, docs/wire.md ──▶ server ──▶ service ──▶ registry  instances on disk; the folder is the truth
                                                             │  ├────▶ leases    one run per instance at a time, in order
+                                                            │  ├────▶ warmth    containers started before anybody asks
                                                             │  └────▶ engines   one sealed container per run
                                                   reaper ───┘  readiness         engine up or down; self-test before the first run
 

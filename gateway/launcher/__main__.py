@@ -22,6 +22,7 @@ from .reaper import Reaper
 from .registry import Registry
 from .server import Server
 from .service import Service
+from .warmth import Warmth
 
 log = logging.getLogger(__name__)
 
@@ -62,8 +63,9 @@ async def serve(settings: Settings) -> None:
         disk = stack.enter_context(ThreadPoolExecutor(1, "disk"))
         leases = Leases()
         readiness = Readiness(engine, registry)
-        service = Service(settings, registry, leases, engine, readiness, disk)
-        reaper = Reaper(registry, leases, engine, disk, settings.reap_interval_seconds)
+        warmth = Warmth(settings, registry, leases, engine, readiness, disk)
+        service = Service(settings, registry, leases, engine, readiness, warmth, disk)
+        reaper = Reaper(registry, leases, engine, warmth, disk, settings.reap_interval_seconds)
         try:
             await readiness.prepare()
         except EngineDownError as error:
@@ -77,16 +79,19 @@ async def serve(settings: Settings) -> None:
         )
         server.listen()
         log.info("serving user=%d state=%s instances=%d deployment=%s", uid, settings.state_dir, registry.count, deployment)
-        background = [asyncio.create_task(readiness.watch()), asyncio.create_task(reaper.run())]
+        warming = asyncio.create_task(warmth.run())
+        background = [warming, asyncio.create_task(readiness.watch()), asyncio.create_task(reaper.run())]
         stopping = asyncio.create_task(stop.wait())
         try:
             await asyncio.wait((stopping, *background), return_when=asyncio.FIRST_COMPLETED)
         finally:
             log.info("stopping")
+            warming.cancel()
             await server.close(settings.deadline_seconds + settings.grace_seconds, settings.start_timeout_seconds)
             for task in (stopping, *background):
                 task.cancel()
             results = await asyncio.gather(*background, return_exceptions=True)
+            await warmth.close()
         for result in results:
             if isinstance(result, Exception):
                 raise result

@@ -16,7 +16,7 @@ class UnknownInstanceError(LauncherError):
 
 
 class InstanceExistsError(LauncherError):
-    """An instance is made with an id that is already in use."""
+    """An instance was to be made with an id that is already in use."""
 
 
 class StorageLowError(LauncherError):
@@ -45,3 +45,7 @@ class ImageMissingError(EngineError):
 
 class ContainerRefusedError(EngineError):
     """The engine answered, but did not give the container that was asked for."""
+
+
+class DeadContainerError(EngineError):
+    """A container that was started ahead had ended before a byte of the request reached it."""

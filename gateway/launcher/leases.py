@@ -22,6 +22,13 @@ class Lease:
         if leases is not None:
             leases._release(self._instance)
 
+    def release_after(self, removal: asyncio.Task[None] | None) -> None:
+        """Now, or when `removal` has ended: until then something still has the volume mounted."""
+        if removal is None:
+            self.release()
+        else:
+            removal.add_done_callback(lambda _: self.release())
+
 
 class Leases:
     """One queue per instance in use; an instance that nobody uses has no entry."""

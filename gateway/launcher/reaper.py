@@ -1,6 +1,7 @@
 """Deletes what has had its time: expired instances, and containers that belong to no run of this launcher.
 
-It takes the same lease as a run, without waiting, so it never deletes a volume that a container has mounted.
+It takes the same lease as a run, without waiting, and drops the container that waits for the instance's next run, so it never
+deletes a volume that a container has mounted.
 """
 
 from __future__ import annotations
@@ -13,17 +14,22 @@ from .engines import Engine
 from .errors import EngineError
 from .leases import Leases
 from .registry import Registry
+from .warmth import Warmth
 
 log = logging.getLogger(__name__)
 
 
 class Reaper:
-    def __init__(self, registry: Registry, leases: Leases, engine: Engine, disk: Executor, interval_seconds: float) -> None:
+    def __init__(
+        self, registry: Registry, leases: Leases, engine: Engine, warmth: Warmth, disk: Executor, interval_seconds: float
+    ) -> None:
         self._registry = registry
         self._leases = leases
         self._engine = engine
+        self._warmth = warmth
         self._disk = disk
         self._interval_seconds = interval_seconds
+        self._swept = False
 
     async def run(self) -> None:
         """Sweep at every interval of the monotonic clock, until cancelled."""
@@ -39,8 +45,11 @@ class Reaper:
         loop = asyncio.get_running_loop()
         try:
             await self._engine.sweep()
+            self._swept = True
         except EngineError as error:
             log.warning("orphans not swept: %s", error)
+            if not self._swept:
+                return  # a container of an earlier launcher may still have an expired volume mounted
         try:
             expired = await loop.run_in_executor(self._disk, self._registry.expired)
         except OSError as error:
@@ -51,9 +60,10 @@ class Reaper:
             if lease is None:
                 continue  # in use; its lease keeps it until the next sweep
             try:
+                await self._warmth.discard(instance)
                 await loop.run_in_executor(self._disk, self._registry.remove, instance)
                 log.info("reaped instance=%s", instance)
-            except OSError as error:
+            except (EngineError, OSError) as error:
                 log.warning("not reaped instance=%s: %s", instance, error)
             finally:
-                lease.release()
+                lease.release_after(self._engine.removal(instance))

@@ -1,13 +1,15 @@
 """Instances on disk. The folder is the registry: whatever died, what is in it is what exists.
 
     <instances>/<uuid>/instance.json              {"v": 1, "created_at": …, "expires_at": …}; outside the mount
+                                                  both times are 0 while the instance is prepared and nobody has claimed it
     <instances>/<uuid>/volume/db.sqlite           made beforehand and writable by the runner's user; nothing else can be made here
     <instances>/<uuid>/volume/db.sqlite-journal
     <instances>/.new-… .gone-… .scratch-…         on the way in, on the way out, or for one self-test; never an instance
 
 A rename is the moment at which an instance begins and at which it ends. The folder above is 0700, so the files' mode 0666 is
 of use only to a container that has the volume mounted. Tenant files are never opened here: they are made, and unlinked.
-All methods block for as long as the disk takes. `create`, `remove` and `expired` are called from one thread, so they never overlap.
+An instance that was prepared and never claimed has expired long ago, so whoever sweeps up expired ones after a crash takes it too.
+All methods block for as long as the disk takes. Those that write, and `expired`, are called from one thread, so they never overlap.
 """
 
 from __future__ import annotations
@@ -43,6 +45,9 @@ class Record:
     expires_at: int
 
 
+_UNCLAIMED = Record(0, 0)
+
+
 class Registry:
     def __init__(self, folder: Path, *, ttl_seconds: int, min_free_bytes: int, clock: Callable[[], float] = time.time) -> None:
         self._folder = folder
@@ -51,14 +56,15 @@ class Registry:
         self._clock = clock
         self._descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         self._count = len(self._names())
+        self._unclaimed: set[uuid.UUID] = set()
 
     def close(self) -> None:
         os.close(self._descriptor)
 
     @property
     def count(self) -> int:
-        """Instances on disk, the expired but not yet reaped included."""
-        return self._count
+        """Instances on disk that somebody has or had, the expired but not yet reaped included."""
+        return self._count - len(self._unclaimed)
 
     def free_bytes(self) -> int:
         room = os.fstatvfs(self._descriptor)
@@ -69,22 +75,28 @@ class Registry:
 
     def create(self, instance: uuid.UUID) -> Record:
         """Make an empty instance, or leave nothing; raises InstanceExistsError or StorageLowError."""
-        if self.free_bytes() < self._min_free_bytes:
-            raise StorageLowError(f"{self.free_bytes()} bytes are free, fewer than {self._min_free_bytes}")
-        now = self._clock()
-        record = Record(int(now), math.ceil(now + self._ttl_seconds))
-        draft = f".new-{instance}"
+        record = self._record_from_now()
+        self._make(instance, record)
+        return record
+
+    def prepare(self, instance: uuid.UUID) -> None:
+        """Make an empty instance that nobody can find until it is claimed, or leave nothing; raises as `create` does."""
+        self._make(instance, _UNCLAIMED)
+        self._unclaimed.add(instance)
+
+    def claim(self, instance: uuid.UUID) -> Record:
+        """The life of a prepared instance begins; raises StorageLowError, and then it can be claimed another time."""
+        self._require_room()
+        record = self._record_from_now()
+        draft = f"{instance}/.instance.json"
         try:
-            self._build(draft, record)
-            os.rename(draft, str(instance), src_dir_fd=self._descriptor, dst_dir_fd=self._descriptor)
+            self._write_record(self._folder / draft, record)
+            os.rename(draft, f"{instance}/instance.json", src_dir_fd=self._descriptor, dst_dir_fd=self._descriptor)
         except OSError as error:
-            self._delete(draft)
             if error.errno in _NO_ROOM:
                 raise StorageLowError(f"no room: {error.strerror}") from error
-            if error.errno in _TAKEN:
-                raise InstanceExistsError(str(instance)) from error
             raise
-        self._count += 1
+        self._unclaimed.discard(instance)
         return record
 
     def find(self, instance: uuid.UUID) -> Record:
@@ -112,6 +124,7 @@ class Registry:
         except FileNotFoundError:
             return False
         self._count -= 1
+        self._unclaimed.discard(instance)
         self._delete(gone)
         return True
 
@@ -134,10 +147,33 @@ class Registry:
         """A volume like any other that is no instance's."""
         name = f".scratch-{secrets.token_hex(4)}"
         try:
-            self._build(name, Record(0, 0))
+            self._build(name, _UNCLAIMED)
             yield self._folder / name / "volume"
         finally:
             self._delete(name)
+
+    def _require_room(self) -> None:
+        if (free := self.free_bytes()) < self._min_free_bytes:
+            raise StorageLowError(f"{free} bytes are free, fewer than {self._min_free_bytes}")
+
+    def _record_from_now(self) -> Record:
+        now = self._clock()
+        return Record(int(now), math.ceil(now + self._ttl_seconds))
+
+    def _make(self, instance: uuid.UUID, record: Record) -> None:
+        self._require_room()
+        draft = f".new-{instance}"
+        try:
+            self._build(draft, record)
+            os.rename(draft, str(instance), src_dir_fd=self._descriptor, dst_dir_fd=self._descriptor)
+        except OSError as error:
+            self._delete(draft)
+            if error.errno in _NO_ROOM:
+                raise StorageLowError(f"no room: {error.strerror}") from error
+            if error.errno in _TAKEN:
+                raise InstanceExistsError(str(instance)) from error
+            raise
+        self._count += 1
 
     def _names(self) -> list[str]:
         with os.scandir(self._folder) as entries:
@@ -163,8 +199,11 @@ class Registry:
             finally:
                 os.close(descriptor)
         volume.chmod(0o711)
-        content = {"v": 1, "created_at": record.created_at, "expires_at": record.expires_at}
-        (self._folder / name / "instance.json").write_text(json.dumps(content))
+        self._write_record(volume.parent / "instance.json", record)
+
+    @staticmethod
+    def _write_record(path: Path, record: Record) -> None:
+        path.write_text(json.dumps({"v": 1, "created_at": record.created_at, "expires_at": record.expires_at}))
 
     def _delete(self, name: str) -> None:
         """By descriptor from our own folder down: no symbolic link is ever followed."""

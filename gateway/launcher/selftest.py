@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import socket
-import time
-import uuid
 from typing import Any
 
 from ..protocol import MAX_DETAIL_BYTES, Verdict
+from ..uuid7 import uuid7
 from .engines import Engine
 from .errors import RefusedError
 from .registry import Registry
@@ -25,7 +23,7 @@ async def self_test(engine: Engine, registry: Registry) -> dict[str, Any]:
         with ours:
             report = asyncio.create_task(_read(ours))
             try:
-                verdict = await engine.run(_scratch_id(), volume, theirs, lambda: None, "selftest")
+                verdict = await engine.run(uuid7(), volume, theirs, lambda: None, "selftest")
                 output = await report  # the engine has closed its end, so this ends too
             finally:
                 report.cancel()
@@ -49,9 +47,3 @@ async def _read(sock: socket.socket) -> bytes:
     while len(output) < MAX_DETAIL_BYTES // 2 and (data := await loop.sock_recv(sock, MAX_DETAIL_BYTES)):
         output += data
     return output[: MAX_DETAIL_BYTES // 2]
-
-
-def _scratch_id() -> uuid.UUID:
-    """A UUIDv7, as every instance's is."""
-    bits = int(time.time() * 1000) << 80 | int.from_bytes(os.urandom(10), "big")
-    return uuid.UUID(int=bits & ~(0xF << 76 | 0x3 << 62) | 0x7 << 76 | 0x2 << 62)

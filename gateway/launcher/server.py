@@ -198,7 +198,7 @@ class _Connection:
         if len(self._in_flight) >= self._server._max_in_flight:
             if caller is not None:
                 caller.close()
-            self.send(Reply(Status.BUSY, request.sequence, detail="too many requests at a time"))
+            self.send(Reply(Status.BUSY, request.sequence, detail="too many requests at a time", instance=request.instance))
             return
         task = self._server._serve(self, request, caller)
         self._in_flight[request.sequence] = task

@@ -17,20 +17,21 @@ from typing import TypeVar
 
 from ..protocol import Reply, Request, Status, Verb
 from ..settings import Settings
+from ..uuid7 import uuid7
 from .engines import Engine
 from .errors import (
     BusyError,
     EngineDownError,
     EngineError,
     ImageMissingError,
-    InstanceExistsError,
     LauncherError,
     StorageLowError,
     UnknownInstanceError,
 )
 from .leases import Leases
 from .readiness import Readiness
-from .registry import Registry
+from .registry import Record, Registry
+from .warmth import Warmth
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,6 @@ Result = TypeVar("Result")
 
 _STATUSES: dict[type[Exception], Status] = {
     UnknownInstanceError: Status.UNKNOWN,
-    InstanceExistsError: Status.EXISTS,
     StorageLowError: Status.STORAGE_LOW,
     BusyError: Status.BUSY,
     EngineDownError: Status.ENGINE_DOWN,
@@ -49,13 +49,21 @@ _STATUSES: dict[type[Exception], Status] = {
 
 class Service:
     def __init__(
-        self, settings: Settings, registry: Registry, leases: Leases, engine: Engine, readiness: Readiness, disk: Executor
+        self,
+        settings: Settings,
+        registry: Registry,
+        leases: Leases,
+        engine: Engine,
+        readiness: Readiness,
+        warmth: Warmth,
+        disk: Executor,
     ) -> None:
         self._settings = settings
         self._registry = registry
         self._leases = leases
         self._engine = engine
         self._readiness = readiness
+        self._warmth = warmth
         self._disk = disk
         # The gateway keeps to its slots by itself; these hold even if it does not, and while a removal is pending.
         self._slots = asyncio.Semaphore(settings.slots)
@@ -63,17 +71,18 @@ class Service:
 
     async def answer(self, request: Request, caller: socket.socket | None, send: Answer) -> None:
         """Do what one packet asks for. `caller` is RUN's socket; it is closed in every case, as is everything made here."""
-        instance, reply = request.instance, partial(Reply, sequence=request.sequence)
+        instance, reply = request.instance, partial(Reply, sequence=request.sequence, instance=request.instance)
         try:
             match request.verb:
                 case Verb.CREATE:
-                    record = await self._on_disk(self._registry.create, instance)
+                    instance, record = await self._warmth.claim() or await self._create()
                     log.info("created instance=%s expires_at=%d", instance, record.expires_at)
-                    send(reply(Status.DONE, expires_at=record.expires_at))
+                    send(reply(Status.DONE, instance=instance, expires_at=record.expires_at))
                 case Verb.FIND:
                     send(reply(Status.DONE, expires_at=self._registry.find(instance).expires_at))
                 case Verb.REMOVE:
                     async with self._leased(instance):
+                        await self._warmth.discard(instance)
                         if await self._on_disk(self._registry.remove, instance):
                             log.info("removed instance=%s", instance)
                     send(reply(Status.DONE))
@@ -85,12 +94,16 @@ class Service:
                     await self._run(instance, caller, partial(self._report, reply, send))
         except (LauncherError, OSError) as error:
             status = _STATUSES.get(type(error), Status.FAILED)
-            level = logging.DEBUG if status in (Status.UNKNOWN, Status.EXISTS) else logging.WARNING
+            level = logging.DEBUG if status is Status.UNKNOWN else logging.WARNING
             log.log(level, "%s failed instance=%s status=%s: %s", request.verb.name, instance, status.name, error)
             send(reply(status, detail=str(error)))
         finally:
             if caller is not None:
                 caller.close()
+
+    async def _create(self) -> tuple[uuid.UUID, Record]:
+        instance = uuid7()
+        return instance, await self._on_disk(self._registry.create, instance)
 
     async def _run(self, instance: uuid.UUID, caller: socket.socket, report: Callable[..., None]) -> None:
         self._registry.find(instance)
@@ -102,6 +115,7 @@ class Service:
             self._require_engine()
             leased_at = time.monotonic()
             self._running += 1
+            warm = self._warmth.taken(instance)
             try:
                 started = partial(report, Status.STARTED, expires_at=expires_at)
                 verdict = await self._engine.run(instance, self._registry.volume(instance), caller, started)
@@ -110,10 +124,12 @@ class Service:
                 raise
             finally:
                 self._running -= 1
+        self._warmth.want(instance)
         log.info(
-            "run ended instance=%s verdict=%s waited_ms=%d took_ms=%d",
+            "run ended instance=%s verdict=%s start=%s waited_ms=%d took_ms=%d",
             instance,
             verdict.name,
+            "warm" if warm else "cold",
             (leased_at - asked_at) * 1000,
             (time.monotonic() - leased_at) * 1000,
         )
@@ -164,6 +180,8 @@ class Service:
                 "selftest": self._readiness.selftest,
                 "instances": self._registry.count,
                 "running": self._running,
+                "nursery": self._warmth.nursery,
+                "successors": self._warmth.successors,
                 "separation": self._settings.web_uid not in (-1, own_uid),
                 "free_bytes": self._registry.free_bytes(),
                 "min_free_bytes": self._settings.min_free_bytes,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import uuid
 
 import msgspec
 from aiohttp import web
 
+from ..uuid7 import uuid7
 from . import body, openapi
 from .appkeys import CREATE_RATE, DRAIN, HEALTH, LAUNCHER, REQUEST_RATE, RUNS, SETTINGS, TOKENS
 from .errors import CallerError, InstanceNotFoundError, RateLimitedError, RunnerFailedError
@@ -16,7 +16,6 @@ from .leases import Ticket
 from .rates import Rate
 from .runner import Ok, request_frame
 from .secret import Secret
-from .uuid7 import uuid7
 
 SESSION = "X-Walkin-Session"
 TTL = "X-Walkin-TTL"
@@ -88,13 +87,10 @@ async def _again(
 
 async def _first(app: web.Application, exchange: Exchange, ticket: Ticket, frame: bytes, int64: body.Int64Form) -> Ok:
     """A request without a token: a fresh instance once its turn has come, kept if its SQL was at fault, removed if we were."""
-    instance = uuid7()
-    async with app[RUNS].turn(ticket, instance) as turn:
-        try:
-            expires_at = await app[LAUNCHER].create(instance)
-        except asyncio.CancelledError:
-            app[RUNS].discard(instance)
-            raise
+    # Nobody else can want what has no name yet, so any lease will do until the launcher has named it.
+    async with app[RUNS].turn(ticket, uuid7()) as turn:
+        instance, expires_at = await app[LAUNCHER].create()
+        turn.rename(instance)
         exchange.instance = instance
         try:
             answer = await turn.run(frame, int64)

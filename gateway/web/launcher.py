@@ -15,11 +15,12 @@ import socket
 import struct
 import uuid
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from ..protocol import MAX_REPLY_BYTES, MalformedPacketError, Reply, Request, Status, Verb, Verdict
+from ..protocol import MAX_REPLY_BYTES, NO_INSTANCE, MalformedPacketError, Reply, Request, Status, Verb, Verdict
 from .errors import (
     ApiError,
     EngineUnavailableError,
@@ -33,7 +34,6 @@ from .errors import (
 )
 
 _ANSWER_SECONDS = 10.0
-_NOBODY = uuid.UUID(int=0)
 _PEER = struct.Struct("3i")
 
 _T = TypeVar("_T")
@@ -55,7 +55,7 @@ class Launcher:
         self._socket: socket.socket | None = None
         self._peer_uid = -1
         self._sequences = itertools.count(1)
-        self._answers: dict[int, asyncio.Future[Reply]] = {}
+        self._answers: dict[int, tuple[Verb, asyncio.Future[Reply]]] = {}
         self._runs: dict[int, RunCall] = {}
         self._unsent: deque[tuple[bytes, socket.socket | None]] = deque()
 
@@ -64,12 +64,12 @@ class Launcher:
         """Whether the launcher at the other end runs under another user than this process."""
         return self._socket is not None and self._peer_uid != os.geteuid()
 
-    async def create(self, instance: uuid.UUID) -> int:
-        """Make an instance; the unix second of its deletion."""
-        reply = await self._ask(Verb.CREATE, instance)
+    async def create(self) -> tuple[uuid.UUID, int]:
+        """Have an instance made: its id, and the unix second of its deletion."""
+        reply = await self._ask(Verb.CREATE, NO_INSTANCE)
         if reply.status is not Status.DONE:
             raise _failure(reply)
-        return reply.expires_at
+        return reply.instance, reply.expires_at
 
     async def find(self, instance: uuid.UUID) -> int | None:
         """The unix second of an instance's deletion, or None if there is no such instance."""
@@ -88,7 +88,7 @@ class Launcher:
 
     async def health(self) -> str:
         """The launcher's JSON object, not yet parsed."""
-        reply = await self._ask(Verb.HEALTH, _NOBODY)
+        reply = await self._ask(Verb.HEALTH, NO_INSTANCE)
         if reply.status is not Status.DONE:
             raise _failure(reply)
         return reply.detail
@@ -109,15 +109,29 @@ class Launcher:
         self._lose("closed")
 
     async def _ask(self, verb: Verb, instance: uuid.UUID) -> Reply:
-        sequence = next(self._sequences)
-        self._send(Request(verb, sequence, instance).pack(), None)
-        answer: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
-        self._answers[sequence] = answer
+        answer = self._order(verb, instance)
         try:
             async with asyncio.timeout(_ANSWER_SECONDS):
                 return await answer
         except TimeoutError:
             raise LauncherUnavailableError(reason=f"no answer to {verb.name} in {_ANSWER_SECONDS:.0f} s") from None
+        except asyncio.CancelledError:
+            if verb is Verb.CREATE and answer.done() and not answer.cancelled() and answer.exception() is None:
+                self._remove_unwanted(answer.result())  # cancelled in the instant between the answer and its being looked at
+            raise
+
+    def _order(self, verb: Verb, instance: uuid.UUID) -> asyncio.Future[Reply]:
+        sequence = next(self._sequences)
+        self._send(Request(verb, sequence, instance).pack(), None)
+        answer: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        self._answers[sequence] = verb, answer
+        return answer
+
+    def _remove_unwanted(self, created: Reply) -> None:
+        """Whoever asked for this instance has left before its name was known: nobody will ever hold a token of it."""
+        if created.status is Status.DONE:
+            with suppress(LauncherUnavailableError):
+                self._order(Verb.REMOVE, created.instance).add_done_callback(_seen)
 
     def _connected(self) -> socket.socket:
         if self._socket is not None:
@@ -189,10 +203,12 @@ class Launcher:
                 return
 
     def _dispatch(self, reply: Reply) -> None:
-        answer = self._answers.pop(reply.sequence, None)
-        if answer is not None:
+        if reply.sequence in self._answers:
+            verb, answer = self._answers.pop(reply.sequence)
             if not answer.done():
                 answer.set_result(reply)
+            elif verb is Verb.CREATE:
+                self._remove_unwanted(reply)
             return
         call = self._runs.get(reply.sequence)
         if call is None:
@@ -223,7 +239,7 @@ class Launcher:
         self._unsent.clear()
         answers, self._answers = self._answers, {}
         runs, self._runs = self._runs, {}
-        for answer in answers.values():
+        for _, answer in answers.values():
             _reject(answer, LauncherUnavailableError(reason=reason))
         for call in runs.values():
             _reject(call.started, LauncherUnavailableError(reason=reason))
@@ -257,7 +273,7 @@ def _reject(future: asyncio.Future[Reply] | asyncio.Future[int] | asyncio.Future
         future.set_exception(error)
 
 
-def _seen(future: asyncio.Future[int] | asyncio.Future[Verdict]) -> None:
+def _seen(future: asyncio.Future[Reply] | asyncio.Future[int] | asyncio.Future[Verdict]) -> None:
     """Mark an exception as looked at: a call whose caller hung up has nobody to raise it to."""
     if not future.cancelled():
         future.exception()

@@ -39,10 +39,15 @@ class _Waiter:
 class Hold:
     """A lease and, unless it was not wanted, a slot, until the container is gone. Releasing twice is harmless."""
 
-    __slots__ = ("_release",)
+    __slots__ = ("_release", "_rename")
 
-    def __init__(self, release: Callable[[], None]) -> None:
+    def __init__(self, release: Callable[[], None], rename: Callable[[uuid.UUID], None]) -> None:
         self._release: Callable[[], None] | None = release
+        self._rename = rename
+
+    def rename(self, instance: uuid.UUID) -> None:
+        """Make it the lease of an instance that has just got its name, before anybody else can know that name."""
+        self._rename(instance)
 
     def release(self) -> None:
         release, self._release = self._release, None
@@ -141,7 +146,13 @@ class Leases:
         except BaseException:
             self._give_up(waiter)
             raise
-        return Hold(partial(self._give_back, waiter, self._clock()))
+        return Hold(partial(self._give_back, waiter, self._clock()), partial(self._rename, waiter))
+
+    def _rename(self, waiter: _Waiter, instance: uuid.UUID) -> None:
+        if instance in self._instances:
+            raise ValueError("the instance is known already")
+        self._instances[instance] = self._instances.pop(waiter.instance)
+        waiter.instance = instance
 
     def _leased(self, waiter: _Waiter) -> None:
         """The waiter has become the first of its instance's queue."""

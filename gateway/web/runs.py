@@ -48,11 +48,17 @@ class _Bounds:
 class Turn:
     """Lease and slot of one instance while they are held, for one run at most."""
 
-    def __init__(self, launcher: Launcher, bounds: _Bounds, instance: uuid.UUID) -> None:
+    def __init__(self, launcher: Launcher, bounds: _Bounds, instance: uuid.UUID, hold: Hold) -> None:
         self._launcher = launcher
         self._bounds = bounds
         self._instance = instance
+        self._hold = hold
         self.call: RunCall | None = None
+
+    def rename(self, instance: uuid.UUID) -> None:
+        """The instance has got its name; nobody else knows it yet."""
+        self._hold.rename(instance)
+        self._instance = instance
 
     async def run(self, frame: bytes, int64: Int64Form) -> Ok:
         """Run one request frame in a container of its own; raises an ApiError for everything but rows."""
@@ -109,7 +115,7 @@ class Runs:
         """Lease and slot, once they are had; raises OverloadedError. Leaving is enough, whatever happened within."""
         hold = await ticket.hold(instance)
         # Below here lease and slot are held; _settle alone gives them back.
-        turn = Turn(self._launcher, self._bounds, instance)
+        turn = Turn(self._launcher, self._bounds, instance, hold)
         try:
             yield turn
         finally:

@@ -13,9 +13,9 @@ import hmac
 import secrets
 import uuid
 
+from ..uuid7 import uuid7
 from .keys import KeyRing
 from .secret import Secret
-from .uuid7 import uuid7
 
 PREFIX = "wkn_"
 _NONCE_BYTES = 32

@@ -22,6 +22,7 @@ from gateway.launcher.registry import Registry
 from gateway.launcher.specification import runner_configuration
 from gateway.protocol import Verdict
 from gateway.settings import Settings
+from gateway.uuid7 import uuid7
 from gateway.web.app import build_app
 from gateway.web.appkeys import LAUNCHER, RUNS
 from gateway.web.launcher import Launcher, RunCall
@@ -43,8 +44,9 @@ class InProcessLauncher(Launcher):
         self._registry = registry
         self._configuration = Configuration.parse(runner_configuration(settings))
 
-    async def create(self, instance: uuid.UUID) -> int:
-        return self._registry.create(instance).expires_at
+    async def create(self) -> tuple[uuid.UUID, int]:
+        instance = uuid7()
+        return instance, self._registry.create(instance).expires_at
 
     async def find(self, instance: uuid.UUID) -> int | None:
         try:

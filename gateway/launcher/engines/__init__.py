@@ -6,6 +6,7 @@ import asyncio
 import socket
 import uuid
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -30,10 +31,11 @@ class Engine(Protocol):
     volume at /data (nosuid, nodev, noexec); no capabilities; no_new_privs; a seccomp profile; limits on memory, processes,
     processors and file size. A layer that the host cannot apply is a refusal, never a warning.
 
-    One container serves one run of one instance and is never used again, whatever happens in it. The caller of `run` holds the
-    instance's lease, so that no two containers of one volume exist at a time. A container outlives its run only while the engine
-    does not answer; `removal` then says what to wait for before the lease may be let go. Destroying twice is harmless, at any
-    time and from anywhere: what is already gone, or on its way, counts as destroyed.
+    One container serves one run of one instance and is never used again, whatever happens in it. It may be started before the
+    run, with the instance's volume already mounted; it is still that instance's alone. The caller of `run`, `prepare` and
+    `discard` holds the instance's lease, so that no two containers of one volume exist at a time. A container outlives its run
+    only while the engine does not answer; `removal` then says what to wait for before the lease may be let go. Destroying twice
+    is harmless, at any time and from anywhere: what is already gone, or on its way, counts as destroyed.
     """
 
     name: str
@@ -54,6 +56,9 @@ class Engine(Protocol):
     ) -> Verdict:
         """Give the instance a container whose only way to the world is `caller`, and return how it ended.
 
+        It is the container that `prepare` made, if that one lives, and otherwise a new one. One that was prepared and turns out to
+        be dead before a byte of the request has reached it is replaced, and the caller sees nothing of it.
+
         The socket is the engine's from now on, and closed in every case: as soon as the container's output is over, before the
         container is torn down. `started` is called at most once, when the container runs and holds the socket. A container is
         killed at deadline plus grace, counted from the first byte of the request, or when the caller closes its end.
@@ -61,11 +66,26 @@ class Engine(Protocol):
         On return and on every exception the container is gone, unless `removal` gives something to wait for.
         """
 
+    def spare_turn(self) -> AbstractAsyncContextManager[None]:
+        """Wait until a start would be in nobody's way; held around `prepare`."""
+
+    async def prepare(self, instance: uuid.UUID, volume: Path, lost: Callable[[], None]) -> None:
+        """Start the container of the instance's next run, to wait for it. `lost` is called at most once, if it ends while it waits.
+
+        Raises EngineError if it did not start. On an exception nothing waits, unless it is CancelledError: then something may.
+        """
+
+    def is_prepared(self, instance: uuid.UUID) -> bool:
+        """Whether a living container waits for the instance's next run. Asks nobody."""
+
+    async def discard(self, instance: uuid.UUID) -> None:
+        """Destroy what waits for the instance's next run, if anything does. On return it is gone, or `removal` tells of it."""
+
     def removal(self, instance: uuid.UUID) -> asyncio.Task[None] | None:
-        """What ends when the container that a run had to leave behind is gone; None when there is none."""
+        """What ends when the container that had to be left behind is gone; None when there is none."""
 
     async def sweep(self) -> int:
-        """Remove the containers of this deployment that belong to no run of this process. Returns how many there were."""
+        """Remove the containers of this deployment that belong to nothing of this process. Returns how many there were."""
 
     async def close(self) -> None:
         """Let go of the engine. Containers that still exist are left to the next start's sweep."""

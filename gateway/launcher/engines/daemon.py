@@ -144,6 +144,10 @@ def killed_for_memory(client: docker.APIClient, container: str) -> bool:
     return bool(client.inspect_container(container)["State"]["OOMKilled"])
 
 
+def runtime(client: docker.APIClient, container: str) -> str:
+    return str(client.inspect_container(container)["HostConfig"].get("Runtime"))
+
+
 def remove(client: docker.APIClient, container: str) -> bool:
     """Kill and remove; true when the container is gone, false while another removal of it is under way."""
     try:

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import select
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
 
@@ -23,8 +23,7 @@ class End(Enum):
 
     OUTPUT_OVER = auto()
     DEADLINE = auto()
-    HUNG_UP = auto()
-    STOPPED = auto()
+    CALLED_OFF = auto()
     TOO_LONG = auto()
     GARBLED = auto()
 
@@ -75,10 +74,10 @@ class Demultiplexer:
 
 
 class HangUp:
-    """Set once the other end of a stream socket is closed, as against shut for writing: only the former is EPOLLHUP."""
+    """Sets `over` once the other end of a stream socket is closed, as against shut for writing: only the former is EPOLLHUP."""
 
-    def __init__(self, sock: socket.socket) -> None:
-        self.event = asyncio.Event()
+    def __init__(self, sock: socket.socket, over: asyncio.Event) -> None:
+        self._over = over
         self._loop = asyncio.get_running_loop()
         self._poll = select.epoll()
         self._poll.register(sock.fileno(), 0)  # EPOLLHUP is reported unasked, and nothing else is
@@ -88,7 +87,7 @@ class HangUp:
 
     def _notice(self) -> None:
         self._loop.remove_reader(self._poll.fileno())
-        self.event.set()
+        self._over.set()
 
     def close(self) -> None:
         if not self._poll.closed:
@@ -96,65 +95,98 @@ class HangUp:
             self._poll.close()
 
 
-async def relay(
-    caller: socket.socket, container: socket.socket, limits: RelayLimits, hang_up: HangUp, stop: asyncio.Event
-) -> tuple[End, float]:
-    """Carry bytes both ways until one of the reasons in End. Returns it, and the loop time at which to kill the container."""
-    loop = asyncio.get_running_loop()
-    clock = asyncio.timeout_at(loop.time() + limits.idle_seconds)
+class Relay:
+    """One caller's conversation with its container, or, for as long as it is `untouched`, with another one in its place."""
 
-    def first_byte() -> None:
-        clock.reschedule(loop.time() + limits.kill_after_seconds)
+    def __init__(self, caller: socket.socket, limits: RelayLimits, over: asyncio.Event) -> None:
+        self._caller = caller
+        self._limits = limits
+        self._over = over
+        self._unsent = b""  # read from the caller, refused by a container that was dead already
+        self._request_left = limits.request_bytes
+        self._request_sent = False
+        self.replied = False
+        self.kill_at = 0.0
+        """The loop's time at which to kill the container."""
 
-    end = End.DEADLINE
-    with contextlib.suppress(TimeoutError):
-        async with clock:
-            request = asyncio.create_task(_carry_request(caller, container, limits.request_bytes, first_byte))
-            reply = asyncio.create_task(_carry_reply(container, caller, limits.reply_bytes))
-            hung_up = asyncio.create_task(hang_up.event.wait())
-            stopped = asyncio.create_task(stop.wait())
-            tasks = (request, reply, hung_up, stopped)
+    async def drain(self, container: socket.socket, seconds: float) -> End:
+        """The caller has gone with its reply; what is still said is for nobody. CALLED_OFF when the output is not over in time."""
+        loop = asyncio.get_running_loop()
+        with contextlib.suppress(ConnectionError):
             try:
-                await asyncio.wait((reply, hung_up, stopped), return_when=asyncio.FIRST_COMPLETED)
-                end = reply.result() if reply.done() else End.STOPPED if stopped.done() else End.HUNG_UP
-            finally:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
-    return end, clock.when() or loop.time()
+                async with asyncio.timeout(seconds):
+                    while await loop.sock_recv(container, _CHUNK_BYTES):
+                        pass
+            except TimeoutError:
+                return End.CALLED_OFF
+        return End.OUTPUT_OVER
 
+    @property
+    def untouched(self) -> bool:
+        """No byte of the request has reached a container, and no byte of a reply has come."""
+        return not (self._request_sent or self.replied)
 
-async def _carry_request(caller: socket.socket, container: socket.socket, limit: int, first_byte: Callable[[], None]) -> None:
-    loop = asyncio.get_running_loop()
-    left = limit
-    # A container that stopped reading still may have something to say, and a caller that is gone is HangUp's to notice.
-    with contextlib.suppress(OSError):
-        while left and (data := await loop.sock_recv(caller, min(left, _CHUNK_BYTES))):
-            if left == limit:
-                first_byte()
-            left -= len(data)
-            await loop.sock_sendall(container, data)
-        container.shutdown(socket.SHUT_WR)
+    async def carry(self, container: socket.socket) -> End:
+        """Carry bytes both ways until one of the reasons in End."""
+        loop = asyncio.get_running_loop()
+        clock = asyncio.timeout_at(loop.time() + self._limits.idle_seconds)
+        end = End.DEADLINE
+        with contextlib.suppress(TimeoutError):
+            async with clock:
+                request = asyncio.create_task(self._carry_request(container, clock))
+                reply = asyncio.create_task(self._carry_reply(container))
+                called_off = asyncio.create_task(self._over.wait())
+                tasks = (request, reply, called_off)
+                try:
+                    await asyncio.wait((reply, called_off), return_when=asyncio.FIRST_COMPLETED)
+                    end = reply.result() if reply.done() else End.CALLED_OFF
+                finally:
+                    for task in tasks:
+                        task.cancel()
+                    await asyncio.gather(*tasks, return_exceptions=True)
+        self.kill_at = clock.when() or loop.time()
+        return end
 
+    async def _carry_request(self, container: socket.socket, clock: asyncio.Timeout) -> None:
+        loop = asyncio.get_running_loop()
+        # A container that stopped reading still may have something to say, and a caller that is gone is HangUp's to notice.
+        with contextlib.suppress(OSError):
+            while data := self._unsent or await self._read_request():
+                if not self._request_sent:
+                    clock.reschedule(loop.time() + self._limits.kill_after_seconds)
+                    self._unsent = data
+                    sent = container.send(data)  # a stream that nothing was written to takes some at once, unless it is dead
+                    self._request_sent = True
+                    self._unsent, data = b"", data[sent:]
+                await loop.sock_sendall(container, data)
+            container.shutdown(socket.SHUT_WR)
 
-async def _carry_reply(container: socket.socket, caller: socket.socket, limit: int) -> End:
-    loop = asyncio.get_running_loop()
-    demultiplexer = Demultiplexer()
-    left = limit
-    while True:
-        try:
-            data = await loop.sock_recv(container, _CHUNK_BYTES)
-        except ConnectionError:
-            data = b""
-        if not data:
-            return End.OUTPUT_OVER
-        try:
-            for piece in demultiplexer.feed(data):
-                await loop.sock_sendall(caller, piece[:left])
-                left -= len(piece)
-                if left <= 0:
-                    return End.TOO_LONG
-        except GarbledStreamError:
-            return End.GARBLED
-        except ConnectionError:
-            return End.HUNG_UP
+    async def _read_request(self) -> bytes:
+        if not self._request_left:
+            return b""
+        data = await asyncio.get_running_loop().sock_recv(self._caller, min(self._request_left, _CHUNK_BYTES))
+        self._request_left -= len(data)
+        return data
+
+    async def _carry_reply(self, container: socket.socket) -> End:
+        loop = asyncio.get_running_loop()
+        demultiplexer = Demultiplexer()
+        left = self._limits.reply_bytes
+        while True:
+            try:
+                data = await loop.sock_recv(container, _CHUNK_BYTES)
+            except ConnectionError:
+                data = b""
+            if not data:
+                return End.OUTPUT_OVER
+            try:
+                for piece in demultiplexer.feed(data):
+                    self.replied = True
+                    await loop.sock_sendall(self._caller, piece[:left])
+                    left -= len(piece)
+                    if left <= 0:
+                        return End.TOO_LONG
+            except GarbledStreamError:
+                return End.GARBLED
+            except ConnectionError:
+                return End.CALLED_OFF
