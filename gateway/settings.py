@@ -38,6 +38,11 @@ class Settings:
     queue_length: int = _setting(
         512, "Requests that may wait; more answer 503. One address may take no more places than it leaves free.", minimum=0
     )
+    queue_delay_seconds: float = _setting(
+        3.0,
+        "Wait of an address's oldest request from which its newcomers get 503, if it has four waiting for each slot.",
+        minimum=0.1,
+    )
     queue_timeout_seconds: float = _setting(60.0, "Longest wait for a slot or an instance; beyond it 503.", minimum=0.1)
 
     ttl_seconds: int = _setting(600, "Life of an instance.", minimum=1)

@@ -353,3 +353,19 @@ async def test_in_any_order_of_coming_giving_up_and_ending_nothing_is_lost_and_n
         hold.release()
     assert at_rest(leases)
     (await asyncio.wait_for(take(leases, A), 1)).release()
+
+
+async def test_a_queue_that_stands_takes_no_newcomers_of_its_address_and_a_burst_is_served_to_its_end():
+    now = 0.0
+    leases = Leases(1, 1000, 5.0, queue_delay_seconds=3.0, clock=lambda: now)
+    burst = [leases.ticket("192.0.2.1") for _ in range(200)]
+    now = 3.5
+    with pytest.raises(OverloadedError):
+        leases.ticket("192.0.2.1")
+    leases.ticket("198.51.100.7").close()
+    for ticket in burst[:197]:
+        ticket.close()
+    leases.ticket("192.0.2.1").close()
+    for ticket in burst:
+        ticket.close()
+    assert leases.waiting == 0

@@ -6,6 +6,9 @@ nobody's way; from then on it stands in its address's queue. Slots go round the 
 
 An address may take no more places than it leaves free. One flood alone fills half of them, n floods leave one in n + 1, so
 whoever comes next still finds a place, and finds it without a setting that knows how many will ever flood.
+
+A burst may fill the queue and is served to its end. A queue that stands, because more comes than can be served, takes no newcomers
+until it has shrunk: it would only make everybody wait, and go on doing so when the load is over.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import asyncio
 import math
 import time
 import uuid
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 
@@ -23,6 +26,8 @@ from .errors import OverloadedError
 # Weight of the newest run in the mean time for which a slot is held: what was true some twenty runs ago has faded.
 _NEWEST_WEIGHT = 0.1
 _MAX_RETRY_SECONDS = 60
+# An address with fewer waiting for each slot has no standing queue, only slow requests.
+_STANDING_PER_SLOT = 4
 
 
 class _Waiter:
@@ -74,7 +79,7 @@ class Ticket:
     def close(self) -> None:
         if self._open:
             self._open = False
-            self._leases._leave(self._address)
+            self._leases._leave(self._address, self)
 
     async def hold(self, instance: uuid.UUID) -> Hold:
         """Wait for the lease and a slot; raises OverloadedError when the wait is too long. A ticket is good for one hold."""
@@ -85,15 +90,23 @@ class Ticket:
 
 class Leases:
     def __init__(
-        self, slots: int, queue_length: int, queue_timeout_seconds: float, clock: Callable[[], float] = time.monotonic
+        self,
+        slots: int,
+        queue_length: int,
+        queue_timeout_seconds: float,
+        queue_delay_seconds: float = math.inf,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._slots = slots
         self._free_slots = slots
         self._queue_length = queue_length
         self._queue_timeout_seconds = queue_timeout_seconds
+        self._queue_delay_seconds = queue_delay_seconds
         self._clock = clock
         self._mean_held_seconds: float | None = None
-        self._tickets: Counter[str] = Counter()
+        # When each began to wait, by address; the first is the oldest.
+        self._tickets: dict[str, dict[Ticket, float]] = {}
+        self._waiting = 0
         # The first of an instance's queue has its lease: it waits for a slot or holds one.
         self._instances: dict[uuid.UUID, deque[_Waiter]] = {}
         # Whoever lacks nothing but a slot, by address; the first address is the next to be served.
@@ -102,7 +115,7 @@ class Leases:
     @property
     def waiting(self) -> int:
         """Tickets that have not become holds."""
-        return self._tickets.total()
+        return self._waiting
 
     @property
     def held(self) -> int:
@@ -114,13 +127,20 @@ class Leases:
 
         It knows no instance, so that no token, good or bad, changes its answer.
         """
-        waiting, own = self.waiting, self._tickets[address]
+        tickets = self._tickets.get(address, {})
+        waiting, own, now = self._waiting, len(tickets), self._clock()
         beyond_slots = max(0, waiting - self._free_slots)
         own_beyond_slots = max(0, own - self._free_slots)
         if waiting >= self._free_slots and own_beyond_slots >= self._queue_length - beyond_slots:
             raise self._overloaded(f"{waiting} requests wait already, {own} of this address")
-        self._tickets[address] += 1
-        return Ticket(self, address)
+        if own >= _STANDING_PER_SLOT * self._slots and now - next(iter(tickets.values())) > self._queue_delay_seconds:
+            raise self._overloaded(
+                f"{own} requests of this address have waited for up to {now - next(iter(tickets.values())):.1f} s"
+            )
+        ticket = Ticket(self, address)
+        self._tickets.setdefault(address, {})[ticket] = now
+        self._waiting += 1
+        return ticket
 
     async def lease(self, instance: uuid.UUID) -> Hold:
         """Wait for the lease alone; raises OverloadedError when the wait is too long."""
@@ -206,8 +226,9 @@ class Leases:
         elif was_first:
             self._leased(queue[0])
 
-    def _leave(self, address: str) -> None:
-        self._tickets[address] -= 1
+    def _leave(self, address: str, ticket: Ticket) -> None:
+        self._waiting -= 1
+        del self._tickets[address][ticket]
         if not self._tickets[address]:
             del self._tickets[address]
 

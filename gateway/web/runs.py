@@ -94,7 +94,7 @@ class Turn:
 class Runs:
     def __init__(self, settings: Settings, launcher: Launcher) -> None:
         self._launcher = launcher
-        self._leases = Leases(settings.slots, settings.queue_length, settings.queue_timeout_seconds)
+        self._leases = Leases(settings.slots, settings.queue_length, settings.queue_timeout_seconds, settings.queue_delay_seconds)
         self._bounds = _Bounds(
             start_seconds=settings.start_timeout_seconds + _CHANNEL_SECONDS,
             reply_seconds=settings.deadline_seconds + settings.grace_seconds + _CHANNEL_SECONDS,
