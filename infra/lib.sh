@@ -57,7 +57,7 @@ start_docker() {
         say "starting dockerd"
         mkdir -p "$operator"
         setsid dockerd >"$operator/dockerd.log" 2>&1 </dev/null 9>&- &
-        echo $! >"$operator/dockerd.pid"
+        note_process dockerd $!
     fi
     local tries
     for tries in $(seq 150); do
@@ -162,10 +162,11 @@ make_state() {
 spawn() {
     local name=$1 user=$2 settings
     shift 2
-    mapfile -t settings < <(env | grep '^MAYFLY_' | grep -v '^MAYFLY_\(CORPUS\|CRASH_SECONDS\|CRASH_SEED\|IMAGE_SQLITE\)=' || true)
+    mapfile -d '' -t settings < <(env -0 | grep -z '^MAYFLY_' | grep -zv '^MAYFLY_\(CORPUS\|CRASH_SECONDS\|CRASH_SEED\|IMAGE_SQLITE\)=' || true)
     local clean=(env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin LANG=C.UTF-8 "${settings[@]}")
     if is_root; then
         setsid "${clean[@]}" unshare --mount --propagation slave sh -c '
+            ulimit -n "$(ulimit -Hn)" # every caller is a descriptor
             mount --bind "$0" /srv && mount -o remount,bind,ro,nosuid,nodev /srv && cd /srv || exit 1
             user=$1; shift
             exec setpriv --reuid "$user" --regid "$user" --init-groups --inh-caps=-all --bounding-set=-all --no-new-privs "$@"
@@ -173,21 +174,24 @@ spawn() {
     else
         (cd "$repo" && exec setsid "${clean[@]}" "$repo/.venv/bin/python" "$@") >>"$operator/$name.log" 2>&1 </dev/null 9>&- &
     fi
-    echo $! >"$operator/$name.pid"
+    note_process "$name" $!
 }
 
+# A pid file outlives a reboot, and its number may be another's then: what it names is ours only if it began when ours did.
+began() { sed 's/^.*) //' "/proc/$1/stat" 2>/dev/null | cut -d ' ' -f 20; }
+note_process() { echo "$2 $(began "$2")" >"$operator/$1.pid"; }
 alive() { grep -qE '^State:[[:space:]]+[^ZX[:space:]]' "/proc/$1/status" 2>/dev/null; }
 
 running() {
-    local pid
-    pid=$(cat "$operator/$1.pid" 2>/dev/null) && [ -n "$pid" ] && alive "$pid"
+    local pid start
+    read -r pid start 2>/dev/null <"$operator/$1.pid" && [ -n "$start" ] && [ "$(began "$pid")" = "$start" ] && alive "$pid"
 }
 
 # stop NAME SECONDS: SIGTERM, then SIGKILL.
 stop() {
     local pid tries
     if running "$1"; then
-        pid=$(cat "$operator/$1.pid")
+        read -r pid _ <"$operator/$1.pid"
         kill "$pid" 2>/dev/null || true
         for tries in $(seq $(($2 * 10))); do
             alive "$pid" || break
@@ -198,17 +202,22 @@ stop() {
     rm -f "$operator/$1.pid"
 }
 
+listening() { "$python" -c 'import socket, sys; host, _, port = sys.argv[1].rpartition(":"); socket.create_connection((host.strip("[]"), int(port)), 2)' "$listen" 2>/dev/null; }
+
 healthy() { curl -fsS --max-time 2 "http://$listen/healthz" >/dev/null 2>&1; }
 
 start_service() {
     if is_root; then export MAYFLY_WEB_UID=$(id -u $web_user); fi
     running launcher || spawn launcher $launcher_user -m gateway.launcher
-    running web || spawn web $web_user -m gateway.web
+    if ! running web; then
+        ! listening || die "something else listens on $listen; choose another with MAYFLY_LISTEN"
+        spawn web $web_user -m gateway.web
+    fi
     local tries
     for tries in $(seq 300); do
-        healthy && return
         running launcher || die "the launcher ended: $(tail -n 5 "$operator/launcher.log")"
         running web || die "the gateway ended: $(tail -n 5 "$operator/web.log")"
+        healthy && return
         sleep 0.1
     done
     die "no health within 30 s: $(curl -sS --max-time 2 "http://$listen/healthz" 2>&1); logs are in $operator"

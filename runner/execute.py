@@ -173,7 +173,9 @@ class _Script:
             # compiled meanwhile is SQLite's own. VACUUM INTO attaches too, but by the name of a file.
             self._guard.vacuums = True
             self._attach_limit(max(1, self._configuration.sqlite_limits["ATTACHED"]))
-        if names := [column[0] for column in cursor.get_description()]:
+        # An ALTER TABLE that checks the rows it finds shows SQLite's own query as its columns.
+        is_alter = apsw.SQLITE_ALTER_TABLE in actions and not cursor.is_explain
+        if not is_alter and (names := [column[0] for column in cursor.get_description()]):
             self._has_rows = True
             self._columns, self._rows, self._truncated = encode_columns(names), [], False
         return True

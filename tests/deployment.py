@@ -78,7 +78,7 @@ class Deployment:
         os.kill(self.pid(name), number)
 
     def pid(self, name: str) -> int:
-        return int((self.state / "operator" / f"{name}.pid").read_text())
+        return int((self.state / "operator" / f"{name}.pid").read_text().split()[0])
 
     def kill(self, name: str) -> None:
         """kill -9, and wait until it is dead."""

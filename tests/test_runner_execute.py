@@ -7,6 +7,7 @@ import sys
 import threading
 from time import monotonic
 
+import apsw
 import pytest
 
 from runner.database import open_database
@@ -33,6 +34,13 @@ def ok(columns, rows, rows_affected=0, truncated=False):
 @pytest.mark.parametrize("sql", ["", " \n;;; ", "-- comment", "/* comment */", "/* open", ";-- a\n;"])
 def test_an_empty_script_is_no_error(tenant, sql):
     assert tenant.run(sql) == ok(None, [])
+
+
+def test_an_alter_table_that_looks_at_the_rows_has_no_result_of_its_own(tenant):
+    assert tenant.run("CREATE TABLE u(v); ALTER TABLE u ADD COLUMN w CHECK (w > 0); ALTER TABLE u DROP COLUMN v") == ok(None, [])
+    if apsw.sqlite_lib_version() >= "3.53":
+        assert tenant.run("ALTER TABLE u ALTER COLUMN w SET NOT NULL") == ok(None, [])
+    assert tenant.run("EXPLAIN ALTER TABLE u RENAME TO x")["columns"][:2] == ["addr", "opcode"]
 
 
 def test_the_last_statement_with_a_row_set_is_the_result_even_if_it_is_empty(tenant):

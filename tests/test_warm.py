@@ -146,7 +146,9 @@ async def test_the_nursery_fills_again_and_an_empty_one_keeps_nobody_waiting(sta
         made = [await client.create() for _ in range(4)]
         assert len(set(made)) == 4
         assert (await ask(client, made[-1], do="who"))["content"] == 0
-        await warm(client, nursery=2, successors=2)
+        async with asyncio.timeout(60):
+            while (await client.health())["nursery"] != 2:
+                await asyncio.sleep(0.02)
 
 
 async def test_a_warm_container_that_was_killed_is_not_handed_out_and_the_nursery_fills_again(state):

@@ -23,6 +23,8 @@ from .errors import (
 from .values import Int64, is_argument_tag
 
 BODY_TIMEOUT_SECONDS = 30.0
+# Far beyond what statements of the documented sizes take; each costs time on the loop that all callers share.
+MAX_ARGUMENTS = 10_000
 
 _JSON_TYPE = re.compile(r'application/json[ \t]*(;[ \t]*charset[ \t]*=[ \t]*("utf-8"|utf-8)[ \t]*)?;?', re.ASCII | re.IGNORECASE)
 _HALF_A_PAIR = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB]..)\\u[dD][c-fC-F]")
@@ -119,6 +121,8 @@ def _parse_args(raw: msgspec.Raw) -> Arguments:
     except msgspec.ValidationError as error:
         raise InvalidArgsError(hint=_args_hint(str(error))) from None
     if args is not None:
+        if len(args) > MAX_ARGUMENTS:
+            raise InvalidArgsError(hint=f"at most {MAX_ARGUMENTS} arguments")
         _check_tags(args.values() if isinstance(args, dict) else args)
     return args
 
@@ -140,7 +144,7 @@ def _form_hint(text: str) -> str:
 def _args_hint(text: str) -> str:
     if "out of range" in text or "`int` <=" in text or "`int` >=" in text:
         return "a number does not fit 64 bits; use a REAL within range, or a string"
-    return "an argument is null, a boolean, a number, a string or an object of one tag"
+    return "args is an array or an object; an argument is null, a boolean, a number, a string or an object of one tag"
 
 
 def _syntax_hint(raw: bytes, error: msgspec.DecodeError) -> str:

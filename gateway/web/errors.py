@@ -93,7 +93,7 @@ class InvalidSqlError(CallerError, code="sql_error", status=400, text="invalid s
 
 
 class TooComplexError(CallerError, code="too_complex", status=400, text="invalid sql: statement too complex…"):
-    """A statement passes one of SQLite's limits on size or shape."""
+    """The SQL, or the program that a statement compiles to, is too long. SQLite's other limits are a `sql_error`."""
 
 
 class MemoryLimitError(CallerError, code="memory_limit", status=400, text="invalid sql: out of memory"):

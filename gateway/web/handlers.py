@@ -30,14 +30,15 @@ async def sql(request: web.Request) -> web.Response:
         body.check_headers(request, max_bytes)
         statement = body.parse(await body.read(request, max_bytes))
         exchange.sql_bytes = len(statement.sql.encode())
-        frame = request_frame(statement, app[SETTINGS].max_request_frame_bytes)
+        frame, int64 = request_frame(statement, app[SETTINGS].max_request_frame_bytes), statement.int64
+        del statement  # the wait may be long, and decoded arguments take many times the frame's size
         presented = [Secret(value) for value in request.headers.getall(SESSION, [])]
         with app[RUNS].ticket(request.remote or "") as ticket:
             if presented:
-                answer = await _again(app, exchange, ticket, presented, frame, statement.int64)
+                answer = await _again(app, exchange, ticket, presented, frame, int64)
             else:
                 _count(app[CREATE_RATE], request, exchange)
-                answer = await _first(app, exchange, ticket, frame, statement.int64)
+                answer = await _first(app, exchange, ticket, frame, int64)
         return web.Response(body=_result(answer), content_type="application/json")
 
 
