@@ -91,6 +91,49 @@ def test_removal_unlinks_a_symbolic_link_and_leaves_its_target(registry, tmp_pat
     assert treasure.read_text() == "host"
 
 
+def test_a_prepared_instance_is_nobodys_until_it_is_claimed_and_its_life_begins_then(registry, tmp_path, clock):
+    instance = uuid7()
+    registry.prepare(instance)
+    assert sorted(path.name for path in registry.volume(instance).iterdir()) == ["db.sqlite", "db.sqlite-journal"]
+    with pytest.raises(UnknownInstanceError):
+        registry.find(instance)
+    assert (registry.count, registry.expired()) == (0, [instance])
+    clock.now += 5000
+    assert registry.claim(instance).expires_at == 1_005_601
+    assert (registry.find(instance).expires_at, registry.count, registry.expired()) == (1_005_601, 1, [])
+    assert sorted(path.name for path in (tmp_path / str(instance)).iterdir()) == ["instance.json", "volume"]
+
+
+def test_a_prepared_instance_that_nobody_claimed_is_gone_after_a_restart_and_removed_like_any_other(registry, tmp_path, clock):
+    kept, claimed, unclaimed = uuid7(), uuid7(), uuid7()
+    registry.create(kept)
+    registry.prepare(claimed)
+    registry.claim(claimed)
+    registry.prepare(unclaimed)
+    again = Registry(tmp_path, ttl_seconds=600, min_free_bytes=0, clock=clock)
+    assert again.expired() == [unclaimed]
+    assert again.remove(unclaimed)
+    assert again.count == 2
+    again.close()
+    assert registry.count == 2
+
+
+def test_below_the_low_water_mark_nothing_is_claimed_and_it_can_be_later(tmp_path):
+    low = Registry(tmp_path, ttl_seconds=600, min_free_bytes=0)
+    instance = uuid7()
+    low.prepare(instance)
+    low._min_free_bytes = 1 << 60
+    with pytest.raises(StorageLowError):
+        low.prepare(uuid7())
+    with pytest.raises(StorageLowError):
+        low.claim(instance)
+    with pytest.raises(UnknownInstanceError):
+        low.find(instance)
+    low._min_free_bytes = 0
+    assert low.claim(instance) == low.find(instance)
+    low.close()
+
+
 def test_another_registry_on_the_same_folder_sees_the_same_instances(registry, tmp_path, clock):
     instances = {uuid7() for _ in range(5)}
     for instance in instances:
