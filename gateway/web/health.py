@@ -1,4 +1,5 @@
-"""GET /healthz: whether a request could be served now, from the launcher's own word, asked at most once a second."""
+"""GET /healthz: whether a request could be served now, from the launcher's own word, asked at most once a second
+while it is there."""
 
 from __future__ import annotations
 
@@ -40,7 +41,7 @@ class Health:
             return self._unavailable(ShuttingDownError())
         loop = asyncio.get_running_loop()
         async with self._asking:
-            if loop.time() >= self._known_until:
+            if loop.time() >= self._known_until or not self._launcher.connected:
                 self._known = await self._ask()
                 self._known_until = loop.time() + _FRESH_SECONDS
             return self._known

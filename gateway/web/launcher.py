@@ -60,6 +60,10 @@ class Launcher:
         self._unsent: deque[tuple[bytes, socket.socket | None]] = deque()
 
     @property
+    def connected(self) -> bool:
+        return self._socket is not None
+
+    @property
     def separated(self) -> bool:
         """Whether the launcher at the other end runs under another user than this process."""
         return self._socket is not None and self._peer_uid != os.geteuid()
