@@ -1,14 +1,17 @@
-"""Fixtures for tests against a whole deployment. A failed test shows the operator's logs."""
+"""Fixtures for tests against a whole deployment, and against a launcher alone. A failed test shows the operator's logs."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from . import corpus  # noqa: F401 -- takes the tests' own MAYFLY_ variables out of the environment, before Settings see them
 from .deployment import Client, Deployment, client_of, deployed
+from .launcher_harness import runner_image
+from .sealed import sealed_directory
 
 
 @pytest.fixture(scope="session")
@@ -21,6 +24,20 @@ def mayfly() -> Iterator[Deployment]:
 async def client(mayfly: Deployment) -> AsyncIterator[Client]:
     async with client_of(mayfly) as client:
         yield client
+
+
+@pytest.fixture(scope="module")
+def image() -> Iterator[str]:
+    """The image whose runner does as it is told, for tests of the launcher alone."""
+    with runner_image() as name:
+        yield name
+
+
+@pytest.fixture
+def state(image: str) -> Iterator[Path]:
+    """A sealed state folder for a launcher that runs `image`."""
+    with sealed_directory() as folder:
+        yield folder
 
 
 @pytest.hookimpl(wrapper=True)

@@ -23,24 +23,10 @@ from .launcher_harness import (
     inspect,
     launched,
     read_all,
-    runner_image,
     unframe,
     uuid7,
     wire,
 )
-from .sealed import sealed_directory
-
-
-@pytest.fixture(scope="module")
-def image():
-    with runner_image() as name:
-        yield name
-
-
-@pytest.fixture
-def state(image):
-    with sealed_directory() as folder:
-        yield folder
 
 
 def ended(replies):

@@ -13,22 +13,9 @@ import pytest
 
 from gateway.protocol import NO_INSTANCE, MalformedPacketError, Request, Status, Verb
 
-from .launcher_harness import Client, containers_of, eventually, frame, inspect, launched, runner_image, unframe, uuid7
-from .sealed import sealed_directory
+from .launcher_harness import Client, containers_of, eventually, frame, inspect, launched, unframe, uuid7
 
 PACKETS = 10_000
-
-
-@pytest.fixture(scope="module")
-def image():
-    with runner_image() as name:
-        yield name
-
-
-@pytest.fixture
-def state(image):
-    with sealed_directory() as folder:
-        yield folder
 
 
 def connect(path):

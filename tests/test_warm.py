@@ -8,8 +8,6 @@ import time
 import uuid
 from datetime import datetime
 
-import pytest
-
 from gateway.launcher.specification import LABEL_INSTANCE
 from gateway.protocol import Status, Verb, Verdict
 
@@ -23,23 +21,9 @@ from .launcher_harness import (
     inspect,
     launched,
     read_all,
-    runner_image,
     unframe,
     wire,
 )
-from .sealed import sealed_directory
-
-
-@pytest.fixture(scope="module")
-def image():
-    with runner_image() as name:
-        yield name
-
-
-@pytest.fixture
-def state(image):
-    with sealed_directory() as folder:
-        yield folder
 
 
 async def warm(client, nursery=0, successors=0):
