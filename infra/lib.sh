@@ -162,7 +162,7 @@ make_state() {
 spawn() {
     local name=$1 user=$2 settings
     shift 2
-    mapfile -d '' -t settings < <(env -0 | grep -z '^MAYFLY_' | grep -zv '^MAYFLY_\(CORPUS\|CRASH_SECONDS\|CRASH_SEED\|IMAGE_SQLITE\)=' || true)
+    mapfile -d '' -t settings < <(env -0 | grep -z '^MAYFLY_' | grep -zv '^MAYFLY_IMAGE_SQLITE=' || true)
     local clean=(env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin LANG=C.UTF-8 "${settings[@]}")
     if is_root; then
         setsid "${clean[@]}" unshare --mount --propagation slave sh -c '

@@ -92,6 +92,33 @@ class FakeRun:
 Script = Callable[[FakeRun], Awaitable[None]]
 
 
+def replying_after(finish: asyncio.Event) -> Script:
+    """A runner that answers once the event is set."""
+
+    async def script(run: FakeRun) -> None:
+        run.started()
+        await run.read_request()
+        await finish.wait()
+        await run.send(ok(["a"], [[1]]))
+        run.ended()
+
+    return script
+
+
+def ending_after(gone: asyncio.Event) -> Script:
+    """A runner that answers at once, and a container that is gone once the event is set."""
+
+    async def script(run: FakeRun) -> None:
+        run.started()
+        await run.read_request()
+        await run.send(ok(["a"], [[1]]))
+        run.stream.close()
+        await gone.wait()
+        run.ended()
+
+    return script
+
+
 def replying(stream: bytes, verdict: Verdict = Verdict.EXITED) -> Script:
     """A runner that reads its request, answers these bytes and ends."""
 

@@ -14,7 +14,7 @@ import aiohttp
 from gateway.protocol import Verb, Verdict
 from gateway.web.appkeys import RUNS
 
-from .fake_launcher import FakeRun, Gateway, assert_error, gateway, ok, until
+from .fake_launcher import FakeRun, Gateway, assert_error, ending_after, gateway, ok, until
 from .test_web_process import web as web_process
 
 FAR = "127.0.0.2"
@@ -178,16 +178,7 @@ async def test_callers_that_hang_up_while_they_wait_make_room_at_once(tmp_path):
 async def test_the_second_call_of_a_new_instance_takes_no_slot_while_the_container_of_the_first_is_torn_down(tmp_path):
     async with gateway(tmp_path, slots=2, deadline_seconds=60.0) as web:
         gone = asyncio.Event()
-
-        async def slow_to_end(run: FakeRun) -> None:
-            run.started()
-            await run.read_request()
-            await run.send(ok(["a"], [[1]]))
-            run.stream.close()
-            await gone.wait()
-            run.ended()
-
-        web.launcher.script = slow_to_end
+        web.launcher.script = ending_after(gone)
         first = await web.sql()
         second = asyncio.ensure_future(web.sql("SELECT 2", first.headers["X-Walkin-Session"]))
         await until(lambda: waiting(web) == 1)

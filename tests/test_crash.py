@@ -29,8 +29,8 @@ from .conftest import eventually
 from .deployment import Client, Deployment, deployed
 from .private_docker import PrivateDocker, private_docker
 
-SEED = int(os.environ.get("MAYFLY_CRASH_SEED", "7"))
-SECONDS = float(os.environ.get("MAYFLY_CRASH_SECONDS", "40"))
+SEED = int(os.environ.pop("MAYFLY_CRASH_SEED", "7"))
+SECONDS = float(os.environ.pop("MAYFLY_CRASH_SECONDS", "40"))
 
 CALLERS = 6
 SETTINGS = {"ttl_seconds": "86400", "reap_interval_seconds": "1", "queue_timeout_seconds": "20", "nursery": "2", "successors": "4"}

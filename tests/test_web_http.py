@@ -15,7 +15,7 @@ from gateway.uuid7 import uuid7
 from gateway.web import body as body_module
 from gateway.web.appkeys import ACCESS_LOG, DRAIN, RUNS, TOKENS
 
-from .fake_launcher import GOLDEN, FakeRun, assert_error, frame, gateway, ok, replying, until
+from .fake_launcher import GOLDEN, FakeRun, assert_error, ending_after, frame, gateway, ok, replying, replying_after, until
 
 
 @pytest.fixture
@@ -394,18 +394,9 @@ async def test_a_container_that_does_not_start_in_time_is_a_503(web):
 
 async def test_the_answer_is_sent_before_and_the_lease_is_free_after_the_container_is_gone(web):
     gone = asyncio.Event()
-
-    async def slow_to_end(run: FakeRun) -> None:
-        run.started()
-        await run.read_request()
-        await run.send(ok(["a"], [[1]]))
-        run.stream.close()
-        await gone.wait()
-        run.ended()
-
     token = await web.token()
     await until(lambda: held(web) == 0)
-    web.launcher.script = slow_to_end
+    web.launcher.script = ending_after(gone)
     assert (await web.sql("SELECT 1", token)).status == 200
     assert held(web) == 1
     second = asyncio.ensure_future(web.sql("SELECT 2", token))
@@ -435,15 +426,7 @@ async def test_no_more_containers_run_at_once_than_there_are_slots(tmp_path):
 async def test_a_full_queue_is_a_503_with_a_time_to_retry(tmp_path):
     async with gateway(tmp_path, slots=1, queue_length=0) as web:
         finish = asyncio.Event()
-
-        async def waiting(run: FakeRun) -> None:
-            run.started()
-            await run.read_request()
-            await finish.wait()
-            await run.send(ok(["a"], [[1]]))
-            run.ended()
-
-        web.launcher.script = waiting
+        web.launcher.script = replying_after(finish)
         first = asyncio.ensure_future(web.sql())
         await until(lambda: len(web.launcher.requests) == 1)
         await assert_error(await web.sql(), "overloaded")
@@ -477,15 +460,7 @@ async def test_a_caller_that_hangs_up_closes_the_runners_socket_and_frees_everyt
 async def test_a_caller_that_hangs_up_while_it_waits_leaves_the_queue(tmp_path):
     async with gateway(tmp_path, slots=1) as web:
         finish = asyncio.Event()
-
-        async def waiting(run: FakeRun) -> None:
-            run.started()
-            await run.read_request()
-            await finish.wait()
-            await run.send(ok(["a"], [[1]]))
-            run.ended()
-
-        web.launcher.script = waiting
+        web.launcher.script = replying_after(finish)
         first = asyncio.ensure_future(web.sql())
         await until(lambda: len(web.launcher.requests) == 1)
         second = asyncio.ensure_future(web.sql())
@@ -771,16 +746,8 @@ async def test_a_caller_that_hung_up_is_logged_as_499(web, tmp_path):
 
 async def test_stopping_finishes_what_runs_and_refuses_what_comes(web):
     finish = asyncio.Event()
-
-    async def waiting(run: FakeRun) -> None:
-        run.started()
-        await run.read_request()
-        await finish.wait()
-        await run.send(ok(["a"], [[1]]))
-        run.ended()
-
     token = await web.token()
-    web.launcher.script = waiting
+    web.launcher.script = replying_after(finish)
     running = asyncio.ensure_future(web.sql("SELECT 1", token))
     await until(lambda: len(web.launcher.requests) == 2)
     draining = asyncio.ensure_future(web.app[DRAIN].begin(10))

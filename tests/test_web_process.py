@@ -19,7 +19,7 @@ from gateway.protocol import Verb, Verdict
 from gateway.settings import SettingsError
 from gateway.web.__main__ import split_address
 
-from .fake_launcher import EVERY_TEST_SECONDS, FakeLauncher, FakeRun, ok, replying, until
+from .fake_launcher import EVERY_TEST_SECONDS, FakeLauncher, FakeRun, ok, replying, replying_after, until
 
 REPO = Path(__file__).parent.parent
 
@@ -99,15 +99,7 @@ async def test_the_process_serves_large_answers_and_outlives_callers_that_hang_u
 async def test_sigterm_finishes_what_runs_refuses_what_comes_and_exits_cleanly(tmp_path):
     async with web(tmp_path) as running:
         finish = asyncio.Event()
-
-        async def waiting(run: FakeRun) -> None:
-            run.started()
-            await run.read_request()
-            await finish.wait()
-            await run.send(ok(["a"], [[1]]))
-            run.ended()
-
-        running.launcher.script = waiting
+        running.launcher.script = replying_after(finish)
         request = asyncio.ensure_future(running.sql())
         await until(lambda: len(running.launcher.requests) == 1)
         running.process.send_signal(signal.SIGTERM)

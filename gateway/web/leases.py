@@ -133,10 +133,9 @@ class Leases:
         own_beyond_slots = max(0, own - self._free_slots)
         if waiting >= self._free_slots and own_beyond_slots >= self._queue_length - beyond_slots:
             raise self._overloaded(f"{waiting} requests wait already, {own} of this address")
-        if own >= _STANDING_PER_SLOT * self._slots and now - next(iter(tickets.values())) > self._queue_delay_seconds:
-            raise self._overloaded(
-                f"{own} requests of this address have waited for up to {now - next(iter(tickets.values())):.1f} s"
-            )
+        longest = now - next(iter(tickets.values()), now)
+        if own >= _STANDING_PER_SLOT * self._slots and longest > self._queue_delay_seconds:
+            raise self._overloaded(f"{own} requests of this address have waited for up to {longest:.1f} s")
         ticket = Ticket(self, address)
         self._tickets.setdefault(address, {})[ticket] = now
         self._waiting += 1
