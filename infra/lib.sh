@@ -164,16 +164,17 @@ spawn() {
     shift 2
     mapfile -d '' -t settings < <(env -0 | grep -z '^MAYFLY_' | grep -zv '^MAYFLY_IMAGE_SQLITE=' || true)
     local clean=(env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin LANG=C.UTF-8 "${settings[@]}")
+    local command=("$repo/.venv/bin/python" "$@")
     if is_root; then
-        setsid "${clean[@]}" unshare --mount --propagation slave sh -c '
-            ulimit -n "$(ulimit -Hn)" # every caller is a descriptor
+        command=(unshare --mount --propagation slave sh -c '
             mount --bind "$0" /srv && mount -o remount,bind,ro,nosuid,nodev /srv && cd /srv || exit 1
             user=$1; shift
             exec setpriv --reuid "$user" --regid "$user" --init-groups --inh-caps=-all --bounding-set=-all --no-new-privs "$@"
-        ' "$repo" "$user" /srv/.venv/bin/python "$@" >>"$operator/$name.log" 2>&1 </dev/null 9>&- &
-    else
-        (cd "$repo" && exec setsid "${clean[@]}" "$repo/.venv/bin/python" "$@") >>"$operator/$name.log" 2>&1 </dev/null 9>&- &
+        ' "$repo" "$user" /srv/.venv/bin/python "$@")
     fi
+    # Every caller is a descriptor, so as many as there may be.
+    (cd "$repo" && ulimit -n "$(ulimit -Hn)" && exec setsid "${clean[@]}" "${command[@]}") \
+        >>"$operator/$name.log" 2>&1 </dev/null 9>&- &
     note_process "$name" $!
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import os
+import re
 import subprocess
 import time
 from pathlib import Path
@@ -240,9 +241,24 @@ except PermissionError:
     assert len(control.splitlines()) == 4
     web, launcher = (os.stat(f"/proc/{mayfly.pid(name)}").st_uid for name in ("web", "launcher"))
     assert len({0, web, launcher}) == 3
-    status = Path(f"/proc/{mayfly.pid('web')}/status").read_text()
-    assert "CapEff:\t0000000000000000" in status
-    assert "NoNewPrivs:\t1" in status
+    for name in ("web", "launcher"):
+        process = Path(f"/proc/{mayfly.pid(name)}")
+        status = process.joinpath("status").read_text()
+        for held in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
+            assert f"{held}:\t0000000000000000" in status, (name, held)
+        assert "NoNewPrivs:\t1" in status, name
+        [clone] = [line.split() for line in process.joinpath("mountinfo").read_text().splitlines() if line.split()[4] == "/srv"]
+        assert {"ro", "nosuid", "nodev"} <= set(clone[5].split(",")), name
+
+
+def test_gateway_and_launcher_have_their_settings_for_an_environment_and_every_descriptor_they_may(mayfly):
+    for name in ("web", "launcher"):
+        variables = {
+            pair.split(b"=")[0].decode() for pair in Path(f"/proc/{mayfly.pid(name)}/environ").read_bytes().split(b"\0") if pair
+        }
+        assert {variable for variable in variables if not variable.startswith("MAYFLY_")} <= {"PATH", "LANG", "PWD", "OLDPWD"}, name
+        [limits] = re.findall(r"^Max open files +(\d+) +(\d+)", Path(f"/proc/{mayfly.pid(name)}/limits").read_text(), re.MULTILINE)
+        assert limits[0] == limits[1], name
 
 
 async def test_W11_the_access_log_has_seven_fields_and_no_secret(client, mayfly):
