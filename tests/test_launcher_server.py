@@ -3,6 +3,7 @@
 import asyncio
 import os
 import random
+import select
 import socket
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import uuid
 
 import pytest
 
-from gateway.protocol import NO_INSTANCE, MalformedPacketError, Request, Status, Verb
+from gateway.protocol import MAX_REPLY_BYTES, NO_INSTANCE, MalformedPacketError, Reply, Request, Status, Verb
 
 from .launcher_harness import Client, containers_of, eventually, frame, inspect, launched, unframe, uuid7
 
@@ -198,6 +199,20 @@ async def test_a_gateway_that_dies_takes_its_runs_with_it(state):
             await other.close()
             await eventually(lambda: containers_of(launcher.deployment) == [])
         assert (await client.do(instance, do="echo"))[0][-1].status is Status.ENDED
+
+
+async def test_a_gateway_that_makes_a_passed_socket_block_holds_nobody_up(state):
+    async with launched(state, deadline_seconds=50) as (launcher, client):
+        instance = await client.create()
+        ours, theirs = socket.socketpair()
+        with ours, theirs, connect(launcher.socket) as sock:
+            socket.send_fds(sock, [Request(Verb.RUN, 1, instance).pack()], [theirs.fileno()])
+            assert Reply.unpack(sock.recv(MAX_REPLY_BYTES)).status is Status.STARTED
+            theirs.setblocking(True)  # not of this descriptor alone: of what the launcher's descriptor stands for too
+            ours.send(b"\0")
+            await eventually(lambda: not select.select([theirs], [], [], 0)[0])  # it has read that, and looks for more
+            async with asyncio.timeout(10):
+                assert (await client.health())["daemon"] == "up"
 
 
 async def test_a_peer_that_reads_nothing_is_not_read_from_for_ever(state):

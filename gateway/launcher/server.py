@@ -15,9 +15,13 @@ import socket
 import struct
 from collections import deque
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..protocol import REQUEST_BYTES, MalformedPacketError, Reply, Request, Status, Verb
 from .service import Service
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 log = logging.getLogger(__name__)
 
@@ -219,6 +223,16 @@ class _Connection:
         return packet
 
 
+class _SharedSocket(socket.socket):
+    """One whose O_NONBLOCK is not ours alone: who passed the descriptor may keep another of the same open file, and clear it."""
+
+    def recv(self, size: int, flags: int = 0, /) -> bytes:
+        return super().recv(size, flags | socket.MSG_DONTWAIT)
+
+    def send(self, data: ReadableBuffer, flags: int = 0, /) -> int:
+        return super().send(data, flags | socket.MSG_DONTWAIT)
+
+
 def _caller(request: Request, descriptors: list[int]) -> socket.socket | None:
     """RUN's socket, taken out of the list; raises MalformedPacketError unless there is exactly what the verb carries."""
     if len(descriptors) != (request.verb is Verb.RUN):
@@ -226,7 +240,7 @@ def _caller(request: Request, descriptors: list[int]) -> socket.socket | None:
     if not descriptors:
         return None
     try:
-        caller = socket.socket(fileno=descriptors[0])
+        caller = _SharedSocket(fileno=descriptors[0])
     except OSError as error:
         raise MalformedPacketError(f"the descriptor is not a socket: {errno.errorcode.get(error.errno or 0)}") from None
     descriptors.clear()
