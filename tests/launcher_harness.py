@@ -26,7 +26,7 @@ from gateway.launcher.specification import LABEL_DEPLOYMENT
 from gateway.protocol import MAX_REPLY_BYTES, NO_INSTANCE, Reply, Request, Status, Verb
 
 REPO = Path(__file__).resolve().parent.parent
-IMAGE = "mayfly-test-runner:latest"
+IMAGE = f"mayfly-test-runner:{os.getpid()}"  # two runs of the suite at a time do not take each other's away
 DOCKER = "/var/run/docker.sock"
 
 RUNNER = r"""

@@ -360,7 +360,7 @@ async def test_a_missing_image_is_refused_at_start_and_named_later(state):
     launcher = Launcher(state, image="mayfly-nowhere:latest")
     assert await asyncio.to_thread(launcher.spawn().wait, 30) == 1
     assert "mayfly-nowhere" in launcher.log.read_text()
-    alias = "mayfly-test-runner:alias"
+    alias = f"{IMAGE}-alias"
     subprocess.run(["docker", "tag", IMAGE, alias], check=True)
     try:
         async with launched(state, image=alias) as (_, client):
