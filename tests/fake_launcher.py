@@ -11,6 +11,7 @@ import asyncio
 import itertools
 import json
 import re
+import select
 import socket
 import struct
 import time
@@ -28,6 +29,7 @@ from gateway.settings import Settings
 from gateway.uuid7 import uuid7
 from gateway.web import errors
 from gateway.web.app import build_app
+from gateway.web.runner import Channel, Streams
 from gateway.web.server import Server
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -45,27 +47,41 @@ def ok(columns: list[str] | None = None, rows: list[list[Any]] | None = None, af
     )
 
 
+async def exchange(ours: socket.socket, sent: bytes, cap: int) -> bytes | None:
+    """What the web process hears on its end of a pair, which the caller closes; raises what is wrong with it."""
+    ours.setblocking(False)
+    heard, streams = asyncio.Event(), Streams()
+    try:
+        channel = Channel(streams, ours, sent, cap, heard.set)
+        await asyncio.wait_for(heard.wait(), EVERY_TEST_SECONDS)
+    finally:
+        streams.close()
+    if isinstance(channel.reply, Exception):
+        raise channel.reply
+    return channel.reply
+
+
 class FakeRun:
     """One RUN as the launcher and the runner see it."""
 
     def __init__(self, launcher: FakeLauncher, request: Request, answer: Callable[[Reply], None], stream: socket.socket) -> None:
         self.launcher = launcher
         self.instance = request.instance
-        self._sequence = request.sequence
+        self.sequence = request.sequence
         self._answer = answer
         self.stream = stream
         stream.setblocking(False)
 
     def started(self) -> None:
-        self._answer(Reply(Status.STARTED, self._sequence, self.launcher.instances.get(self.instance, 0)))
+        self._answer(Reply(Status.STARTED, self.sequence, self.launcher.instances.get(self.instance, 0)))
 
     def ended(self, verdict: Verdict = Verdict.EXITED) -> None:
         self.stream.close()
-        self._answer(Reply(Status.ENDED, self._sequence, verdict=verdict))
+        self._answer(Reply(Status.ENDED, self.sequence, verdict=verdict))
 
     def refused(self, status: Status, detail: str = "") -> None:
         self.stream.close()
-        self._answer(Reply(status, self._sequence, detail=detail))
+        self._answer(Reply(status, self.sequence, detail=detail))
 
     async def read_request(self) -> dict[str, Any]:
         loop = asyncio.get_running_loop()
@@ -82,6 +98,12 @@ class FakeRun:
 
     async def send(self, raw: bytes) -> None:
         await asyncio.get_running_loop().sock_sendall(self.stream, raw)
+
+    def sees_a_hang_up(self) -> bool:
+        """Whether the web process has closed its end by now."""
+        with select.epoll() as poll:
+            poll.register(self.stream, 0)
+            return any(events & select.EPOLLHUP for _, events in poll.poll(0))
 
     async def hung_up(self) -> None:
         """Until the web process closes its end."""
@@ -209,6 +231,9 @@ class FakeLauncher:
             for descriptor in descriptors:
                 socket.socket(fileno=descriptor).close()
             answer(Reply(self.refusals[request.verb], request.sequence, detail="operator's detail"))
+        elif request.verb is Verb.RUN and request.instance not in self.instances:
+            socket.socket(fileno=descriptors[0]).close()
+            answer(Reply(Status.UNKNOWN, request.sequence))
         elif request.verb is Verb.RUN:
             run = FakeRun(self, request, answer, socket.socket(fileno=descriptors[0]))
             task = asyncio.get_running_loop().create_task(self._run(run))

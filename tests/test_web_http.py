@@ -10,7 +10,7 @@ import uuid
 
 import pytest
 
-from gateway.protocol import Status, Verb, Verdict
+from gateway.protocol import Reply, Status, Verb, Verdict
 from gateway.uuid7 import uuid7
 from gateway.web import body as body_module
 from gateway.web.appkeys import ACCESS_LOG, DRAIN, RUNS, TOKENS
@@ -191,7 +191,7 @@ def without_date(response) -> tuple[int, list[tuple[str, str]]]:
     return response.status, [(name, value) for name, value in response.raw_headers if name.lower() != b"date"]
 
 
-async def test_every_token_failure_is_the_same_answer_to_the_byte_with_the_same_work(tmp_path):
+async def test_every_token_failure_is_the_same_answer_to_the_byte_and_one_question_to_the_launcher(tmp_path):
     async with gateway(tmp_path, rate_requests_per_minute=1000) as web:
         good = await web.token()
         never_made = web.app[TOKENS].issue(uuid7()).reveal()
@@ -199,9 +199,9 @@ async def test_every_token_failure_is_the_same_answer_to_the_byte_with_the_same_
         last = list(web.launcher.instances)[-1]
         del web.launcher.instances[last]
         flipped = good[:-2] + ("A" if good[-2] != "A" else "B") + good[-1]
+        genuine = [never_made, expired]
         bad = [
-            never_made,
-            expired,
+            *genuine,
             flipped,
             "wkn_",
             "x",
@@ -219,16 +219,32 @@ async def test_every_token_failure_is_the_same_answer_to_the_byte_with_the_same_
             await assert_error(response, "instance_not_found")
             answers.add((await response.text(), repr(without_date(response))))
             asked = web.launcher.verbs[before:]
-            assert [verb for verb, _ in asked] == [Verb.FIND], token
+            assert [verb for verb, _ in asked] == [Verb.RUN if token in genuine else Verb.FIND], token
             assert asked[0][1].version == 7
+            assert asked[0][1] not in web.launcher.instances
         assert len(answers) == 1
 
 
 async def test_an_expired_token_is_refused_before_any_container_starts(web):
     token = await web.token()
     web.launcher.instances.clear()
-    await assert_error(await web.sql("SELECT 1", token), "instance_not_found")
-    assert web.launcher.count(Verb.RUN) == 1
+    response = await web.sql("SELECT 1", token)
+    await assert_error(response, "instance_not_found")
+    assert "X-Walkin-TTL" not in response.headers
+    assert len(web.launcher.requests) == 1
+    await until(lambda: held(web) == 0)
+
+
+async def test_a_token_that_is_no_good_takes_no_slot(tmp_path):
+    async with gateway(tmp_path, slots=1) as web:
+        finish = asyncio.Event()
+        token = await web.token()
+        web.launcher.script = replying_after(finish)
+        first = asyncio.ensure_future(web.sql("SELECT 1", token))
+        await until(lambda: len(web.launcher.requests) == 2)
+        await assert_error(await web.sql("SELECT 1", token[:-1]), "instance_not_found")
+        finish.set()
+        assert (await first).status == 200
 
 
 async def test_a_token_sent_twice_is_a_token_failure(web):
@@ -378,15 +394,117 @@ async def test_a_runner_that_answers_and_does_not_end_keeps_nobody_waiting_and_k
     await until(lambda: held(web) == 0)
 
 
-async def test_a_container_that_does_not_start_in_time_is_a_503(web):
+async def test_a_launcher_that_says_nothing_of_a_run_is_a_503_in_time(web):
     async def never(run: FakeRun) -> None:
         await run.hung_up()
         run.refused(Status.FAILED)
 
     token = await web.token()
     web.launcher.script = never
-    await assert_error(await web.sql("SELECT 1", token), "engine_unavailable")
+    await assert_error(await web.sql("SELECT 1", token), "launcher_unavailable")
     await until(lambda: held(web) == 0)
+
+
+async def test_a_launcher_that_was_silent_is_asked_before_anybody_waits_for_it(web, monkeypatch):
+    monkeypatch.setattr("gateway.web.launcher._ANSWER_SECONDS", 0.05)
+    token = await web.token()
+    await until(lambda: held(web) == 0)
+    web.launcher.silent = {Verb.RUN, Verb.FIND}
+    await assert_error(await web.sql("SELECT 1", token), "launcher_unavailable")
+    assert held(web) == 1
+    await assert_error(await web.sql("SELECT 1", token), "launcher_unavailable")
+    web.launcher.silent = set()
+    other = await web.token()
+    assert (await web.sql("SELECT 1", other)).status == 200
+    assert [verb.name for verb, _ in web.launcher.verbs] == ["CREATE", "RUN", "RUN", "FIND", "CREATE", "RUN", "RUN"]
+    web.launcher.drop_connections()
+    await until(lambda: held(web) == 0)
+
+
+# ── frames and hang-ups ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_the_frame_is_in_the_socket_before_the_container_has_started(web):
+    async def late(run: FakeRun) -> None:
+        await run.read_request()
+        run.started()
+        await run.send(ok(["a"], [[1]]))
+        run.ended()
+
+    token = await web.token()
+    web.launcher.script = late
+    assert (await web.sql("SELECT 'early'", token)).status == 200
+    assert web.launcher.requests[-1]["sql"] == "SELECT 'early'"
+
+
+async def test_a_reply_that_overtakes_the_word_of_its_start_waits_for_it(web):
+    start = asyncio.Event()
+
+    async def overtaking(run: FakeRun) -> None:
+        await run.read_request()
+        await run.send(ok(["a"], [[1]]))
+        run.stream.close()
+        await start.wait()
+        run.started()
+        run.ended()
+
+    token = await web.token()
+    web.launcher.script = overtaking
+    request = asyncio.ensure_future(web.sql("SELECT 1", token))
+    await until(lambda: len(web.launcher.requests) == 2)
+    for _ in range(100):
+        await asyncio.sleep(0)
+    assert not request.done()
+    start.set()
+    response = await request
+    assert response.status == 200
+    assert response.headers["X-Walkin-TTL"] == str(next(iter(web.launcher.instances.values())))
+
+
+async def test_a_frame_that_no_socket_holds_arrives_whole(tmp_path):
+    async with gateway(tmp_path, deadline_seconds=60.0) as web:
+        await web.token()
+        sql = "SELECT '" + "x" * 900_000 + "'"
+        assert (await web.sql(sql)).status == 200
+        assert web.launcher.requests[-1]["sql"] == sql
+
+
+async def test_an_ordinary_run_shows_the_launcher_no_hang_up_before_it_has_ended(web):
+    seen, answered = [], asyncio.Event()
+
+    async def watching(run: FakeRun) -> None:
+        run.started()
+        await run.read_request()
+        await run.send(frame({"v": 1, "verdict": "sql_error", "message": "x"}))
+        await answered.wait()
+        seen.append(run.sees_a_hang_up())
+        run.launcher.broadcast(Reply(Status.ENDED, run.sequence).pack())
+        await run.hung_up()
+
+    token = await web.token()
+    web.launcher.script = watching
+    await assert_error(await web.sql("SELECT 1", token), "sql_error")
+    answered.set()
+    await until(lambda: held(web) == 0)
+    assert seen == [False]
+    await until(lambda: web.launcher.running == 0)
+
+
+async def test_a_runner_whose_reply_is_invalid_is_hung_up_on_at_once(tmp_path):
+    # A deadline beyond the test: only the reply itself can end this run.
+    async with gateway(tmp_path, deadline_seconds=60.0) as web:
+
+        async def lying(run: FakeRun) -> None:
+            run.started()
+            await run.read_request()
+            await run.send(frame(b"{}"))
+            await run.hung_up()
+            run.ended(Verdict.CANCELLED)
+
+        token = await web.token()
+        web.launcher.script = lying
+        await assert_error(await web.sql("SELECT 1", token), "reply_invalid")
+        await until(lambda: held(web) == 0)
 
 
 # ── leases, slots, hang-ups ──────────────────────────────────────────────────────────────────────────────────────────

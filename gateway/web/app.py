@@ -77,6 +77,7 @@ async def _launcher(app: web.Application) -> AsyncIterator[None]:
 
 
 async def _runs(app: web.Application) -> AsyncIterator[None]:
+    app[RUNS].open()
     yield
     await app[RUNS].close()
 

@@ -72,6 +72,11 @@ async def read(request: web.Request, max_bytes: int) -> bytes:
     """The whole body, counted while it arrives."""
     received = bytearray()
     try:
+        if request.content.is_eof():  # came with its head, as most do
+            received += request.content.read_nowait()
+            if len(received) > max_bytes:
+                raise BodyTooLargeError(hint=f"at most {max_bytes} bytes")
+            return bytes(received)
         async with asyncio.timeout(BODY_TIMEOUT_SECONDS):
             async for chunk in request.content.iter_any():
                 received += chunk

@@ -74,16 +74,22 @@ async def expect(request: web.Request) -> None:
 async def _again(
     app: web.Application, exchange: Exchange, ticket: Ticket, presented: list[Secret[str]], frame: bytes, int64: body.Int64Form
 ) -> Ok:
-    """A request with a token. Every failure takes the same way: a look-up at the launcher that finds nothing."""
+    """A request with a token. RUN notices by itself that an instance is gone. A token that is no good never holds a slot: it asks
+    FIND for an instance that is nowhere, and gets the same answer."""
     instance, verified = app[TOKENS].resolve(presented[0])
-    # Before the wait and not after: a token that is no good holds a place for as long as this takes, and never a slot.
-    expires_at = await app[LAUNCHER].find(instance)
-    if expires_at is None or not verified or len(presented) > 1:
+    if not verified or len(presented) > 1:
+        await app[LAUNCHER].find(instance)
         raise InstanceNotFoundError
+    if app[LAUNCHER].silent:
+        # Nobody is to wait for a lease, a slot and a container of a launcher that hangs: it answers this, or it answers nothing.
+        await app[LAUNCHER].find(instance)
     exchange.instance = instance
-    exchange.headers[TTL] = str(expires_at)
     async with app[RUNS].turn(ticket, instance) as turn:
-        return await turn.run(frame, int64)
+        try:
+            return await turn.run(frame, int64)
+        finally:
+            if turn.expires_at is not None:
+                exchange.headers[TTL] = str(turn.expires_at)
 
 
 async def _first(app: web.Application, exchange: Exchange, ticket: Ticket, frame: bytes, int64: body.Int64Form) -> Ok:

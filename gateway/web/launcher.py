@@ -15,10 +15,10 @@ import socket
 import struct
 import uuid
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from ..protocol import MAX_REPLY_BYTES, NO_INSTANCE, MalformedPacketError, Reply, Request, Status, Verb, Verdict
 from .errors import (
@@ -30,23 +30,18 @@ from .errors import (
     InternalError,
     LauncherUnavailableError,
     OverloadedError,
-    RunnerFailedError,
 )
 
 _ANSWER_SECONDS = 10.0
 _PEER = struct.Struct("3i")
 
-_T = TypeVar("_T")
-
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class RunCall:
-    """One RUN. `started` gives the expiry or an ApiError, `ended` the verdict or the error that ended the connection."""
-
-    started: asyncio.Future[int]
-    ended: asyncio.Future[Verdict]
+class _RunCall:
+    started: Callable[[int], None]
+    over: Callable[[Verdict | ApiError], None]
 
 
 class Launcher:
@@ -56,8 +51,10 @@ class Launcher:
         self._peer_uid = -1
         self._sequences = itertools.count(1)
         self._answers: dict[int, tuple[Verb, asyncio.Future[Reply]]] = {}
-        self._runs: dict[int, RunCall] = {}
+        self._runs: dict[int, _RunCall] = {}
         self._unsent: deque[tuple[bytes, socket.socket | None]] = deque()
+        self.silent = False
+        """Whether an answer was overdue and nothing at all has come since: the launcher hangs, or the host does."""
 
     @property
     def connected(self) -> bool:
@@ -97,16 +94,21 @@ class Launcher:
             raise _failure(reply)
         return reply.detail
 
-    def run(self, instance: uuid.UUID, passed: socket.socket) -> RunCall:
-        """Ask for a container that holds `passed`, which is closed here in every case."""
-        loop = asyncio.get_running_loop()
-        call = RunCall(loop.create_future(), loop.create_future())
-        for future in (call.started, call.ended):
-            future.add_done_callback(_seen)
+    def run(
+        self,
+        instance: uuid.UUID,
+        passed: socket.socket,
+        started: Callable[[int], None],
+        over: Callable[[Verdict | ApiError], None],
+    ) -> None:
+        """Ask for a container that holds `passed`, which is closed here in every case. Raises LauncherUnavailableError.
+
+        `started` hears the unix second of the instance's deletion. `over` hears, once, the verdict, or why there will be none:
+        RUN was refused, or the connection was lost.
+        """
         sequence = next(self._sequences)
         self._send(Request(Verb.RUN, sequence, instance).pack(), passed)
-        self._runs[sequence] = call
-        return call
+        self._runs[sequence] = _RunCall(started, over)
 
     def close(self) -> None:
         """Fail what is outstanding and drop the connection. The next call would connect again."""
@@ -118,6 +120,7 @@ class Launcher:
             async with asyncio.timeout(_ANSWER_SECONDS):
                 return await answer
         except TimeoutError:
+            self.silent = True
             raise LauncherUnavailableError(reason=f"no answer to {verb.name} in {_ANSWER_SECONDS:.0f} s") from None
         except asyncio.CancelledError:
             if verb is Verb.CREATE and answer.done() and not answer.cancelled() and answer.exception() is None:
@@ -200,6 +203,7 @@ class Launcher:
             if not packet:
                 self._lose("closed by the launcher")
                 return
+            self.silent = False
             try:
                 self._dispatch(Reply.unpack(packet))
             except MalformedPacketError as error:
@@ -218,19 +222,14 @@ class Launcher:
         if call is None:
             raise MalformedPacketError("an answer to nothing")
         if reply.status is Status.STARTED:
-            _resolve(call.started, reply.expires_at)
+            call.started(reply.expires_at)
             return
         del self._runs[reply.sequence]
-        if reply.status is Status.ENDED:
-            _reject(call.started, RunnerFailedError(reason=f"ended before it started: {reply.verdict.name}"))
-            _resolve(call.ended, reply.verdict)
-            return
-        failure = _failure(reply)
-        _reject(call.started, failure)
-        _reject(call.ended, failure)
+        call.over(reply.verdict if reply.status is Status.ENDED else _failure(reply))
 
     def _lose(self, reason: str) -> None:
         connection, self._socket = self._socket, None
+        self.silent = False
         if connection is not None:
             loop = asyncio.get_running_loop()
             loop.remove_reader(connection)
@@ -244,10 +243,10 @@ class Launcher:
         answers, self._answers = self._answers, {}
         runs, self._runs = self._runs, {}
         for _, answer in answers.values():
-            _reject(answer, LauncherUnavailableError(reason=reason))
+            if not answer.done():
+                answer.set_exception(LauncherUnavailableError(reason=reason))
         for call in runs.values():
-            _reject(call.started, LauncherUnavailableError(reason=reason))
-            _reject(call.ended, LauncherUnavailableError(reason=reason))
+            call.over(LauncherUnavailableError(reason=reason))
 
 
 def _failure(reply: Reply) -> ApiError:
@@ -267,17 +266,7 @@ def _failure(reply: Reply) -> ApiError:
             return InternalError(reason=reason)
 
 
-def _resolve(future: asyncio.Future[_T], value: _T) -> None:
-    if not future.done():
-        future.set_result(value)
-
-
-def _reject(future: asyncio.Future[Reply] | asyncio.Future[int] | asyncio.Future[Verdict], error: ApiError) -> None:
-    if not future.done():
-        future.set_exception(error)
-
-
-def _seen(future: asyncio.Future[Reply] | asyncio.Future[int] | asyncio.Future[Verdict]) -> None:
+def _seen(future: asyncio.Future[Reply]) -> None:
     """Mark an exception as looked at: a call whose caller hung up has nobody to raise it to."""
     if not future.cancelled():
         future.exception()

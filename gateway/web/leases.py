@@ -156,6 +156,11 @@ class Leases:
         queue.append(waiter)
         if len(queue) == 1:
             self._leased(waiter)
+        if not waiter.granted.done():
+            await self._granted(waiter)
+        return Hold(partial(self._give_back, waiter, self._clock()), partial(self._rename, waiter))
+
+    async def _granted(self, waiter: _Waiter) -> None:
         try:
             async with asyncio.timeout(self._queue_timeout_seconds):
                 await waiter.granted
@@ -165,7 +170,6 @@ class Leases:
         except BaseException:
             self._give_up(waiter)
             raise
-        return Hold(partial(self._give_back, waiter, self._clock()), partial(self._rename, waiter))
 
     def _rename(self, waiter: _Waiter, instance: uuid.UUID) -> None:
         if instance in self._instances:

@@ -13,6 +13,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar
 
 from limits import RateLimitItemPerMinute
@@ -108,6 +109,7 @@ class Rate:
         return Standing(allowed, self._item.amount, remaining, max(1, math.ceil(end - self._clock())))
 
 
+@lru_cache(maxsize=4096)
 def counted_as(address: str) -> str:
     """The address, or its /64 for IPv6; whatever is no address counts as one caller."""
     try:

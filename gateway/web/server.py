@@ -40,7 +40,12 @@ class _Refusal(web.Response):
 
 
 class _Connection(web.RequestHandler):
-    __slots__ = ()
+    __slots__ = ("_clock",)
+
+    def __init__(self, manager: web.Server, **kwargs: Any) -> None:
+        super().__init__(manager, **kwargs)
+        # Runs while an answer is not wholly in the kernel, which is rare: most need no timer.
+        self._clock: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -48,18 +53,28 @@ class _Connection(web.RequestHandler):
             # An answer counts as sent when the kernel has all of it: a transport that is closed waits for its buffer without end.
             self.transport.set_write_buffer_limits(0)
 
-    async def finish_response(
-        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
-    ) -> tuple[web.StreamResponse, bool]:
-        try:
-            async with asyncio.timeout(ANSWER_SECONDS):
-                return await super().finish_response(request, resp, start_time)
-        except TimeoutError:
-            if self.transport is not None:
-                # Reset, and not closed: a closed socket would keep what is unread in the kernel's buffers.
-                self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
-                self.transport.abort()
-            return resp, True
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self._stop_clock()
+        super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._clock = self._loop.call_later(ANSWER_SECONDS, self._reset)
+
+    def resume_writing(self) -> None:
+        self._stop_clock()
+        super().resume_writing()
+
+    def _stop_clock(self) -> None:
+        if self._clock is not None:
+            self._clock.cancel()
+            self._clock = None
+
+    def _reset(self) -> None:
+        if self.transport is not None:
+            # Reset, and not closed: a closed socket would keep what is unread in the kernel's buffers.
+            self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+            self.transport.abort()
 
     def handle_error(
         self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None

@@ -1,7 +1,7 @@
 """Session tokens: `wkn_` and unpadded base64url of UUIDv7 (16 bytes), nonce (32) and HMAC-SHA256 over both (32).
 
 Nothing of a token is parsed before its MAC verifies, both keys are tried every time, and a token that fails yields a random
-instance id: what follows, a look-up at the launcher that finds nothing, is then the same for every kind of failure.
+instance id: what follows, a look-up at the launcher that finds nothing, is then the same for whatever was not issued here.
 """
 
 from __future__ import annotations
@@ -43,9 +43,8 @@ class Tokens:
         # `|` and not `or`: both digests are computed and compared whatever the first one says.
         by_current = hmac.compare_digest(_mac(self._keys.current.value, signed), mac)
         by_previous = hmac.compare_digest(_mac(self._keys.previous.value, signed), mac)
-        stranger = uuid7()
         if not (by_current | by_previous) or decoded is None:
-            return stranger, False
+            return uuid7(), False
         # The MAC verified: these are bytes that issue() wrote.
         return uuid.UUID(bytes=signed[:16]), True
 
