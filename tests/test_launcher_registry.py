@@ -1,6 +1,7 @@
 """Instances on disk: made whole or not at all, gone on the second, removed without following anything."""
 
 import os
+import shutil
 import stat
 from dataclasses import dataclass
 
@@ -148,13 +149,74 @@ def test_another_registry_on_the_same_folder_sees_the_same_instances(registry, t
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"v": 2, "created_at": 0, "expires_at": 9999999999}', '{"v": 1}'])
-def test_an_unreadable_record_is_no_instance_and_is_reaped(registry, tmp_path, damage):
+def test_a_record_that_is_unreadable_at_a_start_is_no_instance_and_is_reaped(registry, tmp_path, clock, damage):
     instance = uuid7()
     registry.create(instance)
     (tmp_path / str(instance) / "instance.json").write_text(damage)
+    assert registry.expired() == [], "the control: what is in memory is not asked of the disk again"
+    again = Registry(tmp_path, ttl_seconds=600, min_free_bytes=0, clock=clock)
+    with pytest.raises(UnknownInstanceError):
+        again.find(instance)
+    assert again.expired() == [instance]
+    assert again.remove(instance)
+    assert list(tmp_path.iterdir()) == []
+    again.close()
+
+
+def test_a_folder_that_is_deleted_by_hand_is_missed_by_a_second_look_and_forgotten_by_the_next_sweep(registry, tmp_path):
+    kept, deleted = uuid7(), uuid7()
+    for instance in (kept, deleted):
+        registry.create(instance)
+        registry.look_again(instance)
+    shutil.rmtree(tmp_path / str(deleted))
+    registry.look_again(kept)
+    with pytest.raises(UnknownInstanceError):
+        registry.look_again(deleted)
+    assert registry.expired() == []
+    with pytest.raises(UnknownInstanceError):
+        registry.find(deleted)
+    assert registry.count == 1
+    assert registry.find(kept)
+
+
+def test_a_folder_that_was_deleted_by_hand_is_counted_out_by_its_removal_too(registry, tmp_path):
+    instance = uuid7()
+    registry.create(instance)
+    shutil.rmtree(tmp_path / str(instance))
+    assert not registry.remove(instance)
+    assert registry.count == 0
     with pytest.raises(UnknownInstanceError):
         registry.find(instance)
-    assert registry.expired() == [instance]
+
+
+def test_a_folder_that_is_put_back_by_hand_is_found_after_the_next_sweep(registry, tmp_path, tmp_path_factory):
+    instance = uuid7()
+    record = registry.create(instance)
+    aside = tmp_path_factory.mktemp("aside") / str(instance)
+    shutil.move(tmp_path / str(instance), aside)
+    assert (registry.expired(), registry.count) == ([], 0)
+    shutil.move(aside, tmp_path / str(instance))
+    assert (registry.expired(), registry.count) == ([], 1)
+    assert registry.find(instance) == record
+
+
+def test_an_instance_whose_record_the_disk_does_not_give_is_neither_served_nor_deleted(registry, tmp_path, clock):
+    instance, other = uuid7(), uuid7()
+    record = registry.create(instance)
+    registry.create(other)
+    path = tmp_path / str(instance) / "instance.json"
+    text = path.read_text()
+    path.unlink()
+    path.mkdir()
+    again = Registry(tmp_path, ttl_seconds=600, min_free_bytes=0, clock=clock)
+    with pytest.raises(UnknownInstanceError):
+        again.find(instance)
+    assert (again.expired(), again.count) == ([], 1)
+    path.rmdir()
+    path.write_text(text)
+    assert again.expired() == []
+    assert again.find(instance) == record
+    again.close()
 
 
 def test_below_the_low_water_mark_nothing_is_made(tmp_path):

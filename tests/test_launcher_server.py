@@ -4,6 +4,7 @@ import asyncio
 import os
 import random
 import select
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import uuid
 
 import pytest
 
+from gateway.launcher.server import Server
 from gateway.protocol import MAX_REPLY_BYTES, NO_INSTANCE, MalformedPacketError, Reply, Request, Status, Verb
 
 from .launcher_harness import Client, containers_of, eventually, frame, inspect, launched, unframe, uuid7
@@ -199,6 +201,43 @@ async def test_a_gateway_that_dies_takes_its_runs_with_it(state):
             await other.close()
             await eventually(lambda: containers_of(launcher.deployment) == [])
         assert (await client.do(instance, do="echo"))[0][-1].status is Status.ENDED
+
+
+class CutOff:
+    """A service whose peer is cut off after it was asked and before it has begun."""
+
+    def __init__(self):
+        self.caller = None
+
+    def answer(self, request, caller, send):
+        self.caller = caller
+        asyncio.get_running_loop().call_soon(send.__self__.close, "cut off")
+        return self.begin()
+
+    async def begin(self):
+        raise AssertionError("it has begun")
+
+
+async def test_a_run_that_is_cut_off_before_it_begins_leaves_no_descriptor(tmp_path):
+    service = CutOff()
+    server = Server(tmp_path / "socket", os.getuid(), service, max_in_flight=1)
+    server.listen()
+    ours, theirs = socket.socketpair()
+    with ours, theirs, connect(tmp_path / "socket") as sock:
+        socket.send_fds(sock, [Request(Verb.RUN, 1, uuid7()).pack()], [theirs.fileno()])
+        assert await closed_by_the_launcher(sock)
+        await eventually(lambda: service.caller.fileno() == -1)
+    await server.close(0, 0)
+
+
+async def test_a_run_whose_volume_was_deleted_by_hand_is_told_that_there_is_no_such_instance(state):
+    async with launched(state) as (_, client):
+        instance = await client.create()
+        assert (await client.do(instance, do="echo"))[0][-1].status is Status.ENDED
+        shutil.rmtree(state / "instances" / str(instance))
+        assert [reply.status for reply in (await client.do(instance, do="echo"))[0]] == [Status.UNKNOWN]
+        other = await client.create()
+        assert (await client.do(other, do="echo"))[0][-1].status is Status.ENDED
 
 
 async def test_a_gateway_that_makes_a_passed_socket_block_holds_nobody_up(state):

@@ -11,16 +11,16 @@ from collections import deque
 class Lease:
     """Held from the moment it is returned until `release`, which may be called again and again."""
 
-    __slots__ = ("_instance", "_leases")
+    __slots__ = ("_leases", "instance")
 
     def __init__(self, leases: Leases, instance: uuid.UUID) -> None:
         self._leases: Leases | None = leases
-        self._instance = instance
+        self.instance = instance
 
     def release(self) -> None:
         leases, self._leases = self._leases, None
         if leases is not None:
-            leases._release(self._instance)
+            leases._release(self.instance)
 
     def release_after(self, removal: asyncio.Task[None] | None) -> None:
         """Now, or when `removal` has ended: until then something still has the volume mounted."""

@@ -55,15 +55,18 @@ class Reaper:
         except OSError as error:
             log.warning("instances not listed: %s", error)
             return
+        reaped = 0
         for instance in expired:
             lease = self._leases.try_acquire(instance)
             if lease is None:
                 continue  # in use; its lease keeps it until the next sweep
             try:
                 await self._warmth.discard(instance)
-                await loop.run_in_executor(self._disk, self._registry.remove, instance)
-                log.info("reaped instance=%s", instance)
+                reaped += await loop.run_in_executor(self._disk, self._registry.remove, instance)
+                log.debug("reaped instance=%s", instance)
             except (EngineError, OSError) as error:
                 log.warning("not reaped instance=%s: %s", instance, error)
             finally:
                 lease.release_after(self._engine.removal(instance))
+        if reaped:
+            log.info("reaped %d instances", reaped)

@@ -1,4 +1,4 @@
-"""Instances on disk. The folder is the registry: whatever died, what is in it is what exists.
+"""Instances on disk. The folder is the registry: whatever died, what is in it at a start is what exists.
 
     <instances>/<uuid>/instance.json              {"v": 1, "created_at": …, "expires_at": …}; outside the mount
                                                   both times are 0 while the instance is prepared and nobody has claimed it
@@ -9,11 +9,17 @@
 A rename is the moment at which an instance begins and at which it ends. The folder above is 0700, so the files' mode 0666 is
 of use only to a container that has the volume mounted. Tenant files are never opened here: they are made, and unlinked.
 An instance that was prepared and never claimed has expired long ago, so whoever sweeps up expired ones after a crash takes it too.
-All methods block for as long as the disk takes. Those that write, and `expired`, are called from one thread, so they never overlap.
+
+The records are read once and kept: who holds the state folder's lock is the only writer, and `find` is asked twice for a run (12 µs
+each from the disk, 0.2 µs from memory). What somebody else does to the folder meanwhile is met by `expired`, which lists it, and
+by `look_again`; a record that is edited by hand counts from the next start on.
+All methods but `find` block for as long as the disk takes. Those that write, and `expired`, are called from one thread, so they
+never overlap.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
@@ -35,6 +41,12 @@ log = logging.getLogger(__name__)
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
 _TAKEN = {errno.EEXIST, errno.ENOTEMPTY}
 VOLUME_FILES = ("db.sqlite", "db.sqlite-journal")
+_VOLUME_MODE = 0o711  # a runner is another user: it may get at the two files, and neither list nor add
+_RECORD_FILE = "instance.json"
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+_WRITTEN_FILE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+_RECORD_BYTES = 4096  # far more than any record of ours
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +57,7 @@ class Record:
     expires_at: int
 
 
-_UNCLAIMED = Record(0, 0)
+_NOBODYS = Record(0, 0)  # prepared and not claimed, or a record that cannot be read
 
 
 class Registry:
@@ -54,9 +66,10 @@ class Registry:
         self._ttl_seconds = ttl_seconds
         self._min_free_bytes = min_free_bytes
         self._clock = clock
-        self._descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        self._count = len(self._names())
+        self._descriptor = os.open(folder, _FOLDER)
+        self._records: dict[uuid.UUID, Record] = {}
         self._unclaimed: set[uuid.UUID] = set()
+        self._compare()
 
     def close(self) -> None:
         os.close(self._descriptor)
@@ -64,14 +77,14 @@ class Registry:
     @property
     def count(self) -> int:
         """Instances on disk that somebody has or had, the expired but not yet reaped included."""
-        return self._count - len(self._unclaimed)
+        return len(self._records) - len(self._unclaimed)
 
     def free_bytes(self) -> int:
         room = os.fstatvfs(self._descriptor)
         return room.f_bavail * room.f_frsize
 
     def volume(self, instance: uuid.UUID) -> Path:
-        return self._folder / str(instance) / "volume"
+        return self._folder.joinpath(str(instance), "volume")
 
     def create(self, instance: uuid.UUID) -> Record:
         """Make an empty instance, or leave nothing; raises InstanceExistsError or StorageLowError."""
@@ -81,40 +94,42 @@ class Registry:
 
     def prepare(self, instance: uuid.UUID) -> None:
         """Make an empty instance that nobody can find until it is claimed, or leave nothing; raises as `create` does."""
-        self._make(instance, _UNCLAIMED)
+        self._make(instance, _NOBODYS)
         self._unclaimed.add(instance)
 
     def claim(self, instance: uuid.UUID) -> Record:
         """The life of a prepared instance begins; raises StorageLowError, and then it can be claimed another time."""
         self._require_room()
         record = self._record_from_now()
-        draft = f"{instance}/.instance.json"
+        draft = f"{instance}/.{_RECORD_FILE}"
         try:
-            self._write_record(self._folder / draft, record)
-            os.rename(draft, f"{instance}/instance.json", src_dir_fd=self._descriptor, dst_dir_fd=self._descriptor)
+            self._write_record(draft, record)
+            os.rename(draft, f"{instance}/{_RECORD_FILE}", src_dir_fd=self._descriptor, dst_dir_fd=self._descriptor)
         except OSError as error:
             if error.errno in _NO_ROOM:
                 raise StorageLowError(f"no room: {error.strerror}") from error
             raise
+        self._records[instance] = record
         self._unclaimed.discard(instance)
         return record
 
     def find(self, instance: uuid.UUID) -> Record:
-        """Raises UnknownInstanceError from the very second at which the instance expires, reaped or not."""
-        record = self._read(str(instance))
+        """Raises UnknownInstanceError from the very second at which the instance expires, reaped or not. Asks no disk."""
+        record = self._records.get(instance)
         if record is None or self._clock() >= record.expires_at:
             raise UnknownInstanceError(str(instance))
         return record
 
+    def look_again(self, instance: uuid.UUID) -> None:
+        """Raises UnknownInstanceError if somebody else has taken the instance's volume away."""
+        if not self.volume(instance).is_dir():
+            raise UnknownInstanceError(str(instance))
+
     def expired(self) -> list[uuid.UUID]:
-        """Instances past their time, and those whose record cannot be read: nobody can use them any more."""
+        """Instances past their time, and those whose record could not be read: nobody can use them any more."""
+        self._compare()
         now = self._clock()
-        found = []
-        for name in self._names():
-            record = self._read(name)
-            if record is None or now >= record.expires_at:
-                found.append(uuid.UUID(name))
-        return found
+        return [instance for instance, record in self._records.items() if now >= record.expires_at]
 
     def remove(self, instance: uuid.UUID) -> bool:
         """Delete an instance; false when there was none. The caller holds its lease."""
@@ -122,9 +137,9 @@ class Registry:
         try:
             os.rename(str(instance), gone, src_dir_fd=self._descriptor, dst_dir_fd=self._descriptor)
         except FileNotFoundError:
+            self._forget(instance)
             return False
-        self._count -= 1
-        self._unclaimed.discard(instance)
+        self._forget(instance)
         self._delete(gone)
         return True
 
@@ -147,7 +162,7 @@ class Registry:
         """A volume like any other that is no instance's."""
         name = f".scratch-{secrets.token_hex(4)}"
         try:
-            self._build(name, _UNCLAIMED)
+            self._build(name, _NOBODYS)
             yield self._folder / name / "volume"
         finally:
             self._delete(name)
@@ -173,44 +188,64 @@ class Registry:
             if error.errno in _TAKEN:
                 raise InstanceExistsError(str(instance)) from error
             raise
-        self._count += 1
+        self._records[instance] = record
 
-    def _names(self) -> list[str]:
+    def _forget(self, instance: uuid.UUID) -> None:
+        self._records.pop(instance, None)
+        self._unclaimed.discard(instance)
+
+    def _compare(self) -> None:
+        """Take up what the folder has and we do not know, forget what it has no more. 10,000 names: 9 ms, their records 90 ms."""
+        missing = {str(instance): instance for instance in self._records}
         with os.scandir(self._folder) as entries:
-            return [entry.name for entry in entries if _is_instance(entry.name)]
+            unknown = [entry.name for entry in entries if missing.pop(entry.name, None) is None]
+        for instance in missing.values():
+            self._forget(instance)
+        for name in filter(_is_instance, unknown):
+            try:
+                self._records[uuid.UUID(name)] = self._read(name)
+            except OSError as error:  # the disk's trouble, not the record's: the instance is neither served nor deleted
+                log.warning("record of instance=%s not read: %s", name, error)
 
-    def _read(self, name: str) -> Record | None:
+    def _read(self, name: str) -> Record:
         try:
-            value = json.loads((self._folder / name / "instance.json").read_bytes())
+            descriptor = os.open(f"{name}/{_RECORD_FILE}", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._descriptor)
+            try:
+                value = json.loads(os.read(descriptor, _RECORD_BYTES))
+            finally:
+                os.close(descriptor)
             if value["v"] != 1:
-                return None
+                return _NOBODYS
             return Record(int(value["created_at"]), int(value["expires_at"]))
         except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
-            return None
+            return _NOBODYS
 
     def _build(self, name: str, record: Record) -> None:
-        volume = self._folder / name / "volume"
-        volume.parent.mkdir(mode=0o700)
-        volume.mkdir()
+        os.mkdir(name, 0o700, dir_fd=self._descriptor)
+        volume = f"{name}/volume"
+        os.mkdir(volume, dir_fd=self._descriptor)
         for file in VOLUME_FILES:
-            descriptor = os.open(volume / file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC)
+            descriptor = os.open(f"{volume}/{file}", _NEW_FILE, dir_fd=self._descriptor)
             try:
                 os.fchmod(descriptor, 0o666)
             finally:
                 os.close(descriptor)
-        volume.chmod(0o711)
-        self._write_record(volume.parent / "instance.json", record)
+        os.chmod(volume, _VOLUME_MODE, dir_fd=self._descriptor)
+        self._write_record(f"{name}/{_RECORD_FILE}", record)
 
-    @staticmethod
-    def _write_record(path: Path, record: Record) -> None:
-        path.write_text(json.dumps({"v": 1, "created_at": record.created_at, "expires_at": record.expires_at}))
+    def _write_record(self, name: str, record: Record) -> None:
+        text = json.dumps({"v": 1, "created_at": record.created_at, "expires_at": record.expires_at}).encode()
+        descriptor = os.open(name, _WRITTEN_FILE, 0o600, dir_fd=self._descriptor)
+        try:
+            if os.write(descriptor, text) != len(text):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:
+            os.close(descriptor)
 
     def _delete(self, name: str) -> None:
         """By descriptor from our own folder down: no symbolic link is ever followed."""
-        try:
+        with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(name, dir_fd=self._descriptor)
-        except FileNotFoundError:
-            return
 
 
 def _is_instance(name: str) -> bool:

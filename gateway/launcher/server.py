@@ -14,6 +14,7 @@ import os
 import socket
 import struct
 from collections import deque
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,10 @@ log = logging.getLogger(__name__)
 _MAX_CONNECTIONS = 16
 _MAX_UNSENT = 256  # replies a peer leaves unread before it is not read from any more
 _DESCRIPTOR_BYTES = array.array("i").itemsize
+_ANCILLARY_BYTES = socket.CMSG_SPACE(2 * _DESCRIPTOR_BYTES)  # the kernel closes what finds no room, and sets MSG_CTRUNC
+_UNIX_STREAM = (int(socket.AF_UNIX), int(socket.SOCK_STREAM))
+_CUT_SHORT = int(socket.MSG_TRUNC | socket.MSG_CTRUNC)
+_TOLD_AT_ONCE = frozenset({Verb.FIND, Verb.HEALTH})
 _CREDENTIALS = struct.Struct("3i")
 _BACKLOG = 16
 
@@ -104,17 +109,6 @@ class Server:
         if listener.fileno() != -1:
             asyncio.get_running_loop().add_reader(listener, self._accept, listener)
 
-    def _serve(self, connection: _Connection, request: Request, caller: socket.socket | None) -> asyncio.Task[None]:
-        task = asyncio.create_task(self._service.answer(request, caller, connection.send))
-        self._tasks.add(task)
-        task.add_done_callback(self._finished)
-        return task
-
-    def _finished(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("a request failed by a defect of the launcher", exc_info=error)
-
 
 class _Connection:
     def __init__(self, server: Server, sock: socket.socket) -> None:
@@ -149,7 +143,17 @@ class _Connection:
         """Never blocks. What the peer does not read waits; a peer that reads nothing is not read from either."""
         if self._closed:
             return
-        self._unsent.append(reply.pack())
+        packet = reply.pack()
+        if not self._unsent:
+            try:
+                self._socket.send(packet, socket.MSG_NOSIGNAL)
+                return
+            except BlockingIOError:
+                pass
+            except OSError as error:
+                self.close(str(error))
+                return
+        self._unsent.append(packet)
         self._writable()
 
     def _writable(self) -> None:
@@ -203,20 +207,30 @@ class _Connection:
             if caller is not None:
                 caller.close()
             self.send(Reply(Status.BUSY, request.sequence, detail="too many requests at a time", instance=request.instance))
-            return
-        task = self._server._serve(self, request, caller)
-        self._in_flight[request.sequence] = task
-        task.add_done_callback(lambda _: self._in_flight.pop(request.sequence))
+        elif request.verb in _TOLD_AT_ONCE:
+            self.send(self._server._service.tell(request))
+        else:
+            task = self._loop.create_task(self._server._service.answer(request, caller, self.send))
+            self._in_flight[request.sequence] = task
+            self._server._tasks.add(task)
+            task.add_done_callback(partial(self._finished, request.sequence, caller))
+
+    def _finished(self, sequence: int, caller: socket.socket | None, task: asyncio.Task[None]) -> None:
+        if caller is not None:
+            caller.close()  # here and not in the task, which has not run a step if it was cancelled before its first
+        del self._in_flight[sequence]
+        self._server._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("a request failed by a defect of the launcher", exc_info=error)
 
     def _receive(self, descriptors: list[int]) -> bytes:
         """One packet; its descriptors are in the list as soon as they are ours, whatever is wrong with the packet."""
-        room = socket.CMSG_SPACE(2 * _DESCRIPTOR_BYTES)  # the kernel closes what finds no room, and sets MSG_CTRUNC
-        packet, ancillary, flags, _ = self._socket.recvmsg(REQUEST_BYTES + 1, room, socket.MSG_CMSG_CLOEXEC)
+        packet, ancillary, flags, _ = self._socket.recvmsg(REQUEST_BYTES + 1, _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC)
         for level, kind, data in ancillary:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                 whole = len(data) - len(data) % _DESCRIPTOR_BYTES
                 descriptors.extend(array.array("i", data[:whole]))
-        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+        if flags & _CUT_SHORT:
             raise MalformedPacketError("too long, or too many descriptors")
         if not packet and not descriptors:
             raise EOFError
@@ -239,15 +253,18 @@ def _caller(request: Request, descriptors: list[int]) -> socket.socket | None:
         raise MalformedPacketError(f"{request.verb.name} with {len(descriptors)} descriptors")
     if not descriptors:
         return None
+    descriptor = descriptors.pop()
     try:
-        caller = _SharedSocket(fileno=descriptors[0])
+        # Told what it is, it asks the kernel less; what it really is is asked below.
+        caller = _SharedSocket(socket.AF_UNIX, socket.SOCK_STREAM, 0, descriptor)
     except OSError as error:
+        os.close(descriptor)
         raise MalformedPacketError(f"the descriptor is not a socket: {errno.errorcode.get(error.errno or 0)}") from None
-    descriptors.clear()
     try:
-        caller.getpeername()
-        if (caller.family, caller.type) != (socket.AF_UNIX, socket.SOCK_STREAM):
+        kind = (caller.getsockopt(socket.SOL_SOCKET, socket.SO_DOMAIN), caller.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE))
+        if kind != _UNIX_STREAM:
             raise MalformedPacketError("the descriptor is not a unix stream socket")
+        caller.getpeername()
         caller.setblocking(False)
     except OSError:
         caller.close()
