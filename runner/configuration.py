@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any
 
 from .policy import LIMITS, OPTIONAL_LIMITS, PAGE_BYTES
+
+TYPE_CHECKING = False  # the typing module alone would be a fifth of a runner's memory
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
 
 _JOURNAL_HEADER_BYTES = 64 * 1024
 _JOURNAL_RECORD_BYTES = 8
 _REPLY_ENVELOPE_BYTES = 64 * 1024
 _MAX_INT = 2**31 - 1
 
-_MINIMUM: dict[str, int] = {
+_MINIMUM = {
     "deadline_ms": 1,
     "max_request_bytes": 1,
     "max_rows": 1,
@@ -24,14 +26,18 @@ _MINIMUM: dict[str, int] = {
     "nofile": 8,
     "min_landlock_abi": 0,
 }
+_KEYS = frozenset({*_MINIMUM, "sqlite_limits"})
 
 
 class ConfigurationError(ValueError):
     """MAYFLY_RUNNER is missing or is not of the documented form."""
 
 
-@dataclass(frozen=True, slots=True)
 class Configuration:
+    """What was told, and what follows from it, computed once."""
+
+    __slots__ = (*_MINIMUM, "max_pages", "max_reply_bytes", "sqlite_limits")
+
     deadline_ms: int
     """From the last byte of the request to the first of the reply."""
     max_request_bytes: int
@@ -46,6 +52,19 @@ class Configuration:
     min_landlock_abi: int
     sqlite_limits: Mapping[str, int]
     """By their names without `SQLITE_LIMIT_`."""
+    max_pages: int
+    """Pages of a full database, such that a journal of all of them still fits under `instance_bytes`.
+
+    Otherwise a full database could not be deleted from, because each page's old content goes to the journal first.
+    """
+    max_reply_bytes: int
+
+    def __init__(self, values: Mapping[str, int], sqlite_limits: Mapping[str, int]) -> None:
+        for name in _MINIMUM:
+            setattr(self, name, values[name])
+        self.sqlite_limits = sqlite_limits
+        self.max_pages = (self.instance_bytes - _JOURNAL_HEADER_BYTES) // (PAGE_BYTES + _JOURNAL_RECORD_BYTES)
+        self.max_reply_bytes = 2 * self.max_result_bytes + _REPLY_ENVELOPE_BYTES
 
     @classmethod
     def parse(cls, text: str | None) -> Configuration:
@@ -56,25 +75,13 @@ class Configuration:
             document = json.loads(text, object_pairs_hook=_object)
         except (ValueError, RecursionError):
             raise ConfigurationError("MAYFLY_RUNNER is not a JSON object with distinct keys") from None
-        values = _exactly(document, frozenset(item.name for item in fields(cls)), frozenset(), "MAYFLY_RUNNER")
+        values = _exactly(document, _KEYS, frozenset(), "MAYFLY_RUNNER")
         limits = _exactly(values.pop("sqlite_limits"), LIMITS - OPTIONAL_LIMITS, OPTIONAL_LIMITS, "sqlite_limits")
         for name, value in values.items():
             _integer(name, value, _MINIMUM[name])
         for name, value in limits.items():
             _integer(f"sqlite_limits.{name}", value, 0)
-        return cls(**values, sqlite_limits=limits)
-
-    @property
-    def max_pages(self) -> int:
-        """Pages of a full database, such that a journal of all of them still fits under `instance_bytes`.
-
-        Otherwise a full database could not be deleted from, because each page's old content goes to the journal first.
-        """
-        return (self.instance_bytes - _JOURNAL_HEADER_BYTES) // (PAGE_BYTES + _JOURNAL_RECORD_BYTES)
-
-    @property
-    def max_reply_bytes(self) -> int:
-        return 2 * self.max_result_bytes + _REPLY_ENVELOPE_BYTES
+        return cls(values, limits)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -22,14 +22,17 @@ from __future__ import annotations
 
 import os
 import resource
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 from . import landlock, seccomp, syscalls
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+    from typing import Any
+
     from .configuration import Configuration
+
+    Step = Callable[["Order", "Facts"], None]
 
 DATA = "/data"
 FILES = (f"{DATA}/db.sqlite", f"{DATA}/db.sqlite-journal")
@@ -43,31 +46,36 @@ class UnconfinedError(Exception):
     """A layer of the confinement cannot be applied; the reason is for the operator."""
 
 
-@dataclass(frozen=True, slots=True)
 class Facts:
     """What was applied."""
 
-    steps: tuple[str, ...] = ()
-    landlock_abi: int = 0
-    """0: the kernel has no Landlock and the settings allow that."""
-    seccomp_syscalls: int = 0
-    """How many system calls are left."""
-    rlimits: Mapping[str, int] = field(default_factory=dict)
+    __slots__ = ("landlock_abi", "rlimits", "seccomp_syscalls", "steps")
+
+    def __init__(self) -> None:
+        self.steps: tuple[str, ...] = ()
+        self.landlock_abi = 0
+        """0: the kernel has no Landlock and the settings allow that."""
+        self.seccomp_syscalls = 0
+        """How many system calls are left."""
+        self.rlimits: dict[str, int] = {}
+
+    def as_json(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__slots__}
 
 
-@dataclass(frozen=True, slots=True)
 class Order:
     """What is to be applied."""
 
-    configuration: Configuration
-    start_watchdog: Callable[[], None]
-    """Starts the one further thread; returns when it runs."""
+    __slots__ = ("configuration", "start_watchdog")
+
+    def __init__(self, configuration: Configuration, start_watchdog: Callable[[], None]) -> None:
+        self.configuration = configuration
+        self.start_watchdog = start_watchdog
+        """Starts the one further thread; returns when it runs."""
 
 
-Step = Callable[[Order, Facts], Facts]
-
-
-def _process(order: Order, facts: Facts) -> Facts:
+def check_process() -> None:
+    """Raises UnconfinedError unless this is the process that a container of ours begins with."""
     status = _read_status()
     for identity in ("Uid", "Gid"):
         if "0" in status[identity].split():
@@ -86,13 +94,8 @@ def _process(order: Order, facts: Facts) -> Facts:
             raise UnconfinedError(f"{meaning}: {name} {status[name]}")
     if not os.statvfs("/").f_flag & os.ST_RDONLY:
         raise UnconfinedError("the root file system is writable")
-    lacking = ~os.statvfs(DATA).f_flag
-    for flag, option in ((os.ST_NOSUID, "nosuid"), (os.ST_NODEV, "nodev"), (os.ST_NOEXEC, "noexec")):
-        if lacking & flag:
-            raise UnconfinedError(f"{DATA} is not mounted {option}")
     if interfaces := _interfaces() - {"lo"}:
         raise UnconfinedError(f"a network is attached: {', '.join(sorted(interfaces))}")
-    return facts
 
 
 def _read_status() -> dict[str, str]:
@@ -105,72 +108,102 @@ def _interfaces() -> set[str]:
         return {line.partition(":")[0].strip() for line in file.readlines()[2:]}
 
 
-def _privileges(order: Order, facts: Facts) -> Facts:
+_SEAL = ((os.ST_NOSUID, "nosuid"), (os.ST_NODEV, "nodev"), (os.ST_NOEXEC, "noexec"))
+
+
+def check_volume() -> None:
+    """Raises UnconfinedError unless the volume is sealed against set-user-id, devices and programs."""
+    lacking = ~os.statvfs(DATA).f_flag
+    for flag, option in _SEAL:
+        if lacking & flag:
+            raise UnconfinedError(f"{DATA} is not mounted {option}")
+
+
+def _process(order: Order, facts: Facts) -> None:
+    check_process()
+    check_volume()
+
+
+def renounce_privileges() -> None:
+    """No way to new privileges, and nobody's to look into; raises UnconfinedError unless both hold."""
     syscalls.invoke("prctl", _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     syscalls.invoke("prctl", _PR_SET_DUMPABLE, 0, 0, 0, 0)
     if syscalls.invoke("prctl", _PR_GET_NO_NEW_PRIVS, 0, 0, 0, 0) != 1 or syscalls.invoke("prctl", _PR_GET_DUMPABLE, 0, 0, 0, 0):
         raise UnconfinedError("no_new_privs does not hold")
-    return facts
 
 
-def _descriptors(order: Order, facts: Facts) -> Facts:
+def _privileges(order: Order, facts: Facts) -> None:
+    renounce_privileges()
+
+
+def _descriptors(order: Order, facts: Facts) -> None:
     """Keep the request's and the reply's. Standard error would be a way to fill the host's disk with logs."""
     nowhere = os.open("/dev/null", os.O_WRONLY | os.O_CLOEXEC)
     os.dup2(nowhere, 2)
     syscalls.invoke("close_range", 3, 0xFFFFFFFF, 0)
-    return facts
 
 
-def _limits(order: Order, facts: Facts) -> Facts:
-    configuration = order.configuration
-    return _limit(
-        facts,
-        {
-            "FSIZE": configuration.instance_bytes,
-            "NOFILE": configuration.nofile,
-            # The kernel's own deadline, should neither the watchdog nor the launcher kill: whole seconds, start-up included.
-            "CPU": -(-configuration.deadline_ms // 1000) + _CPU_MARGIN_SECONDS,
-            "CORE": 0,
-            "MEMLOCK": 0,
-            "MSGQUEUE": 0,
-        },
-    )
+def cpu_seconds(configuration: Configuration) -> int:
+    """The kernel's own deadline, should nobody else kill: whole seconds, start-up included."""
+    return -(-configuration.deadline_ms // 1000) + _CPU_MARGIN_SECONDS
 
 
-def _landlock(order: Order, facts: Facts) -> Facts:
-    abi, minimum = landlock.abi(), order.configuration.min_landlock_abi
+def lasting_limits(configuration: Configuration) -> dict[str, int]:
+    """What may hold from the first process on."""
+    return {"FSIZE": configuration.instance_bytes, "NOFILE": configuration.nofile, "CORE": 0, "MEMLOCK": 0, "MSGQUEUE": 0}
+
+
+# NPROC counts every process of the user on the host, runners of other requests too, so the only dependable value is none.
+NO_PROCESSES = {"NPROC": 0}
+
+
+def _limits(order: Order, facts: Facts) -> None:
+    facts.rlimits |= limit({**lasting_limits(order.configuration), "CPU": cpu_seconds(order.configuration)})
+
+
+def usable_abi(minimum: int) -> int:
+    """The kernel's Landlock ABI, 0 for none; raises UnconfinedError below `minimum`."""
+    abi = landlock.abi()
     if abi < minimum:
         found = f"the kernel has Landlock ABI {abi}" if abi else "the kernel has no Landlock"
         raise UnconfinedError(f"{found}, and MAYFLY_MIN_LANDLOCK_ABI asks for {minimum}")
-    if abi:
-        landlock.restrict(FILES, abi)
-    return replace(facts, landlock_abi=abi)
+    return abi
 
 
-def _watchdog(order: Order, facts: Facts) -> Facts:
+def _landlock(order: Order, facts: Facts) -> None:
+    facts.landlock_abi = usable_abi(order.configuration.min_landlock_abi)
+    if facts.landlock_abi:
+        landlock.Restriction(FILES, facts.landlock_abi).apply()
+
+
+def _watchdog(order: Order, facts: Facts) -> None:
     order.start_watchdog()
-    return facts
 
 
-def _threads(order: Order, facts: Facts) -> Facts:
-    """NPROC counts every process of the user on the host, runners of other requests too, so the only dependable value is none."""
-    return _limit(facts, {"NPROC": 0})
+def _threads(order: Order, facts: Facts) -> None:
+    facts.rlimits |= limit(NO_PROCESSES)
 
 
-def _limit(facts: Facts, wanted: Mapping[str, int]) -> Facts:
+def limit_number(name: str) -> int:
+    number: int = getattr(resource, f"RLIMIT_{name}")
+    return number
+
+
+def limit(wanted: Mapping[str, int]) -> dict[str, int]:
+    """Set resource limits, soft and hard; returns them as they are then: a hard limit can only be lowered."""
     applied = {}
     for name, value in wanted.items():
-        kind: int = getattr(resource, f"RLIMIT_{name}")
+        kind = limit_number(name)
         hard = resource.getrlimit(kind)[1]
-        applied[name] = value if hard == resource.RLIM_INFINITY else min(value, hard)  # a hard limit can only be lowered
+        applied[name] = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(kind, (applied[name], applied[name]))
-    return replace(facts, rlimits={**facts.rlimits, **applied})
+    return applied
 
 
-def _seccomp(order: Order, facts: Facts) -> Facts:
+def _seccomp(order: Order, facts: Facts) -> None:
     machine = syscalls.machine()
-    seccomp.install(seccomp.build(machine))
-    return replace(facts, seccomp_syscalls=len(syscalls.numbers(syscalls.ALLOWED, machine)))
+    seccomp.Filter(seccomp.build(machine)).install()
+    facts.seccomp_syscalls = len(syscalls.numbers(syscalls.ALLOWED, machine))
 
 
 STEPS: tuple[tuple[str, Step], ...] = (
@@ -197,10 +230,10 @@ def apply(steps: Iterable[tuple[str, Step]], order: Order) -> Facts:
     facts = Facts()
     for name, step in steps:
         try:
-            facts = step(order, facts)
+            step(order, facts)
         except UnconfinedError:
             raise
         except Exception as error:
             raise UnconfinedError(f"{name}: {error}") from error
-        facts = replace(facts, steps=(*facts.steps, name))
+        facts.steps += (name,)
     return facts

@@ -11,30 +11,28 @@ Each statement commits by itself unless the script says BEGIN, as SQLite does. W
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from typing import Any
 
 import apsw
 
-from .configuration import Configuration
-from .database import PATH, Database, open_database
+from .database import PATH, open_database
 from .failures import verdict_of
 from .policy import ROW_ACTIONS
-from .wire import (
-    Arguments,
-    Request,
-    ResultFullError,
-    RowEncoder,
-    Verdict,
-    VerdictError,
-    encode_columns,
-    encode_result,
-)
+from .wire import ResultFullError, RowEncoder, Verdict, VerdictError, encode_columns, encode_result
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from .configuration import Configuration
+    from .database import Database
+    from .wire import Arguments, Request
 
 # What SQLite sees as nothing: white space, semicolons, comments. Atomic groups, so that it takes linear time on any text.
 _BLANK = re.compile(r"(?>[ \t\r\n\f;]++|--[^\n]*+|/\*(?s:(?>.*?\*/|.*)))*+")
 
-_CHANGES = {apsw.SQLITE_INSERT, apsw.SQLITE_UPDATE, apsw.SQLITE_DELETE}
+_CHANGES = frozenset({apsw.SQLITE_INSERT, apsw.SQLITE_UPDATE, apsw.SQLITE_DELETE})
+_ALTER_TABLE = apsw.SQLITE_ALTER_TABLE
 
 
 def run_request(
@@ -76,6 +74,27 @@ def execute(database: Database, request: Request, expired: Callable[[], bool]) -
 
 
 class _Script:
+    __slots__ = (
+        "_args_used",
+        "_args_wanted",
+        "_columns",
+        "_configuration",
+        "_connection",
+        "_counts",
+        "_end",
+        "_expired",
+        "_guard",
+        "_has_rows",
+        "_is_last",
+        "_names_used",
+        "_request",
+        "_rows",
+        "_rows_affected",
+        "_started",
+        "_text",
+        "_truncated",
+    )
+
     def __init__(self, database: Database, request: Request, expired: Callable[[], bool]) -> None:
         self._connection = database.connection
         self._guard = database.guard
@@ -148,7 +167,8 @@ class _Script:
                 raise
             raise VerdictError(Verdict.ARGS_INVALID, _misfit(error, self._request.args)) from None
         finally:
-            self._attach_limit(self._configuration.sqlite_limits["ATTACHED"])
+            if self._guard.vacuums:
+                self._attach_limit(self._configuration.sqlite_limits["ATTACHED"])
         if self._counts and self._connection.total_changes() > before:
             self._rows_affected += self._connection.changes()
         return None
@@ -158,23 +178,23 @@ class _Script:
         if self._started:
             return True  # the blank end of the text
         self._check_time()
-        tail = self._text[len(statement) :]
-        if tail and not _BLANK.fullmatch(tail):
+        if len(statement) != len(self._text) and not _BLANK.fullmatch(self._text, len(statement)):
             self._end, self._args_wanted = len(statement), cursor.bindings_count
             return False
-        self._account(cursor)
+        if self._request.args:
+            self._account(cursor)
         self._started = True
         if not cursor.has_vdbe:
             return True
         actions = self._guard.actions
-        self._counts = not cursor.is_explain and bool(actions & _CHANGES) and actions <= ROW_ACTIONS
+        self._counts = not actions.isdisjoint(_CHANGES) and actions <= ROW_ACTIONS and not cursor.is_explain
         if not actions and not cursor.is_readonly and not cursor.is_explain:
             # It writes and asked for nothing: VACUUM, or a REINDEX of nothing. VACUUM attaches while it runs, and what is
             # compiled meanwhile is SQLite's own. VACUUM INTO attaches too, but by the name of a file.
             self._guard.vacuums = True
             self._attach_limit(max(1, self._configuration.sqlite_limits["ATTACHED"]))
         # An ALTER TABLE that checks the rows it finds shows SQLite's own query as its columns.
-        is_alter = apsw.SQLITE_ALTER_TABLE in actions and not cursor.is_explain
+        is_alter = _ALTER_TABLE in actions and not cursor.is_explain
         if not is_alter and (names := [column[0] for column in cursor.get_description()]):
             self._has_rows = True
             self._columns, self._rows, self._truncated = encode_columns(names), [], False
@@ -223,7 +243,7 @@ class _Script:
 
     def _check_text(self) -> None:
         sql, most = self._request.sql, self._configuration.sqlite_limits["SQL_LENGTH"]
-        if len(sql.encode("utf-8")) > most:
+        if (len(sql) if sql.isascii() else len(sql.encode("utf-8"))) > most:
             raise VerdictError(Verdict.TOO_COMPLEX, f"sql is longer than {most} bytes")
         if "\0" in sql:  # a text ends there for SQLite, so what follows would be dropped unread
             raise VerdictError(Verdict.SQL_ERROR, "sql holds a NUL character")

@@ -11,8 +11,6 @@ one request.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import apsw
 
 PAGE_BYTES = 4096
@@ -41,6 +39,9 @@ LIMITS = frozenset(
 
 OPTIONAL_LIMITS = frozenset({"SCHEMA", "TRIGGER_STEPS"})
 """May be left at SQLite's default: both are bounded by the size of the database already."""
+
+LIMIT_NUMBERS = {name: number for name in LIMITS if (number := getattr(apsw, f"SQLITE_LIMIT_{name}", None)) is not None}
+"""SQLite's numbers of those that the SQLite at hand has."""
 
 CONFIG_FLAGS: tuple[tuple[int, int], ...] = (
     (apsw.SQLITE_DBCONFIG_DEFENSIVE, 1),  # no writes to shadow tables, no effect of writable_schema
@@ -189,8 +190,7 @@ ROW_ACTIONS = frozenset(
 """A statement that needs no others and wrote is an INSERT, UPDATE, DELETE or REPLACE, and its rows count as affected."""
 
 _MAX_NAME_CHARACTERS = 100
-
-Authorizer = Callable[[int, str | None, str | None, str | None, str | None], int]
+_OK, _DENY = apsw.SQLITE_OK, apsw.SQLITE_DENY
 
 
 class Guard:
@@ -215,12 +215,12 @@ class Guard:
     def authorize(self, action: int, first: str | None, second: str | None, database: str | None, trigger: str | None) -> int:
         self.actions.add(action)
         if action in FREE_ACTIONS:
-            return apsw.SQLITE_OK
+            return _OK
         refusal = self._refusal(action, first, second)
         if refusal is None:
-            return apsw.SQLITE_OK
+            return _OK
         self.refused = refusal
-        return apsw.SQLITE_DENY
+        return _DENY
 
     def _refusal(self, action: int, first: str | None, second: str | None) -> str | None:
         """What to call the action when it is refused, or None when it is allowed."""

@@ -68,11 +68,22 @@ def _check(argument: syscalls.Argument, otherwise: int) -> list[Instruction]:
     ]
 
 
-def install(program: list[Instruction]) -> None:
-    """Put the filter on this thread and all others, for good; needs no_new_privs. Raises OSError and leaves all unfiltered."""
-    code = b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
-    held = ctypes.create_string_buffer(code, len(code))
-    header = struct.pack("@HP", len(program), ctypes.addressof(held))
-    unsynchronised = syscalls.invoke("seccomp", _SET_MODE_FILTER, _FLAG_TSYNC, header)
-    if unsynchronised:
-        raise OSError(errno.EBUSY, f"thread {unsynchronised} cannot take the filter")
+class Filter:
+    """A program laid out for the kernel."""
+
+    __slots__ = ("_call", "_code")
+
+    def __init__(self, program: list[Instruction]) -> None:
+        code = b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
+        self._code = ctypes.create_string_buffer(code, len(code))
+        header = struct.pack("@HP", len(program), ctypes.addressof(self._code))
+        self._call = syscalls.prepare("seccomp", _SET_MODE_FILTER, _FLAG_TSYNC, header)
+
+    def install(self) -> int:
+        """Put it on this thread and all others, for good, and return 0. Needs no_new_privs. Raises OSError, all unfiltered."""
+        result = self._call()
+        if result < 0:
+            raise syscalls.failure("seccomp")
+        if result:
+            raise OSError(errno.EBUSY, f"thread {result} cannot take the filter")
+        return 0

@@ -1,6 +1,6 @@
 """The system calls of the runner: what the second filter lets through, why, with which arguments, and their numbers.
 
-Tables only, plus `invoke`, which makes the few calls that libc has no wrapper for. The filter is an allow-list: a name that
+Tables only, plus what makes the few calls that libc has no wrapper for. The filter is an allow-list: a name that
 is not here ends the process. The lists were read from strace of the image's CPython and apsw under a broad workload (TRUNCATE
 journal, full sync, VACUUM, FTS5, R-tree, sorts in memory, interrupts from the watchdog, MemoryError, a full disk quota, a
 reply of 1 MB, exit).
@@ -12,7 +12,13 @@ from __future__ import annotations
 
 import ctypes
 import os
-from dataclasses import dataclass
+from functools import partial
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Passed = int | bytes | ctypes.Array[ctypes.c_char] | ctypes.c_int | None
 
 _LOW_WORD = 0xFFFFFFFF
 
@@ -21,24 +27,28 @@ class UnsupportedMachineError(LookupError):
     """The processor architecture has no table here."""
 
 
-@dataclass(frozen=True, slots=True)
 class Group:
     """System calls that are there for one reason."""
 
-    reason: str
-    names: tuple[str, ...]
+    __slots__ = ("names", "reason")
+
+    def __init__(self, reason: str, names: tuple[str, ...]) -> None:
+        self.reason = reason
+        self.names = names
 
 
-@dataclass(frozen=True, slots=True)
 class Argument:
     """A condition: the low word of argument `index`, and-ed with `mask`, is one of `values`.
 
     The low word is enough: every argument tested is an int to the kernel, or a set of flags that all lie in it.
     """
 
-    index: int
-    mask: int
-    values: tuple[int, ...]
+    __slots__ = ("index", "mask", "values")
+
+    def __init__(self, index: int, mask: int, values: tuple[int, ...]) -> None:
+        self.index = index
+        self.mask = mask
+        self.values = values
 
 
 def _only_flags(index: int, allowed: int, required: int = 0) -> Argument:
@@ -109,10 +119,14 @@ AUDIT_ARCH: dict[str, int] = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 NUMBERS: dict[str, tuple[int | None, int | None]] = {  # (x86_64, aarch64); None: the architecture has no such call
     "access": (21, None),
     "brk": (12, 214),
+    "capset": (126, 91),
     "clock_gettime": (228, 113),
     "clock_nanosleep": (230, 115),
+    "clone3": (435, 435),
     "close": (3, 57),
     "close_range": (436, 436),
+    "connect": (42, 203),
+    "dup3": (292, 24),
     "exit": (60, 93),
     "exit_group": (231, 94),
     "faccessat": (269, 48),
@@ -135,23 +149,36 @@ NUMBERS: dict[str, tuple[int | None, int | None]] = {  # (x86_64, aarch64); None
     "lstat": (6, None),
     "madvise": (28, 233),
     "mmap": (9, 222),
+    "mount": (165, 40),
+    "mount_setattr": (442, 442),
+    "move_mount": (429, 429),
     "mprotect": (10, 226),
     "mremap": (25, 216),
     "munmap": (11, 215),
     "newfstatat": (262, 79),
     "openat": (257, 56),
+    "pivot_root": (155, 41),
+    "ppoll": (271, 73),
     "prctl": (157, 167),
     "pread64": (17, 67),
+    "prlimit64": (302, 261),
     "pwrite64": (18, 68),
     "read": (0, 63),
+    "recvmsg": (47, 212),
     "restart_syscall": (219, 128),
     "rt_sigaction": (13, 134),
     "rt_sigprocmask": (14, 135),
     "rt_sigreturn": (15, 139),
     "seccomp": (317, 277),
+    "sendto": (44, 206),
+    "socket": (41, 198),
     "stat": (4, None),
+    "statx": (332, 291),
+    "umount2": (166, 39),
     "unlink": (87, None),
     "unlinkat": (263, 35),
+    "unshare": (272, 97),
+    "wait4": (61, 260),
     "write": (1, 64),
 }
 
@@ -177,14 +204,38 @@ def numbers(groups: tuple[Group, ...], machine: str) -> dict[str, int]:
 
 
 _libc = ctypes.CDLL(None, use_errno=True)
-_libc.syscall.restype = ctypes.c_long
+_syscall = _libc.syscall
+_syscall.restype = ctypes.c_long
+
+
+def prepare(name: str, *arguments: Passed) -> Callable[[], int]:
+    """One system call, its arguments laid out beforehand: making it touches next to no memory.
+
+    It gives the call's result, or -1; `failure` says what that was. Bytes are passed by address, in a copy that the kernel may
+    write to; a buffer's or c_int's content may change from call to call. A process that was just cloned pays 1.8 µs for each page
+    that it writes to for the first time, and with reference counts to look is to write.
+    """
+    called = number(name, machine())
+    if called is None:
+        raise UnsupportedMachineError(f"{name} does not exist on {machine()}")
+    return partial(_syscall, ctypes.c_long(called), *map(_laid_out, arguments))
+
+
+def _laid_out(value: Passed) -> ctypes.Array[ctypes.c_char] | ctypes.c_int | ctypes.c_long | None:
+    if isinstance(value, bytes):
+        return ctypes.create_string_buffer(value, len(value))
+    return ctypes.c_long(value) if isinstance(value, int) else value
+
+
+def failure(name: str) -> OSError:
+    """Why the call made last has failed."""
+    code = ctypes.get_errno()
+    return OSError(code, f"{name}: {os.strerror(code)}")
 
 
 def invoke(name: str, *arguments: int | bytes | None) -> int:
     """Make one system call by name and return its result; raises OSError. Bytes are passed by address."""
-    passed = [ctypes.c_long(value) if isinstance(value, int) else value for value in arguments]
-    result: int = _libc.syscall(ctypes.c_long(number(name, machine()) or -1), *passed)
+    result = prepare(name, *arguments)()
     if result < 0:
-        code = ctypes.get_errno()
-        raise OSError(code, f"{name}: {os.strerror(code)}")
+        raise failure(name)
     return result

@@ -10,11 +10,14 @@ The thread is started before the seccomp filter, and from then on needs clocks a
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from time import monotonic
-from typing import NoReturn
 
-import apsw
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import NoReturn
+
+    import apsw
 
 GRACE_SECONDS = 0.25
 # A daemon that is killed while it starts a container forgets it, but its shim lives on and holds the stream open: the end never

@@ -11,11 +11,16 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from enum import StrEnum
 from json.encoder import encode_basestring
-from typing import Any, NoReturn
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from typing import Any, NoReturn
+
+    Value = None | int | float | str | bytes
+    Arguments = list[Value] | dict[str, Value] | None
 
 VERSION = 1
 LENGTH_BYTES = 4
@@ -23,12 +28,10 @@ MAX_MESSAGE_CHARACTERS = 1000
 
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 
-Value = None | int | float | str | bytes
-Arguments = list[Value] | dict[str, Value] | None
-
 _DECIMAL = re.compile(r"-?[0-9]{1,19}")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _LONG_CHARACTERS = 4096
+_FIRST_READ_BYTES = 4096
 
 
 class Verdict(StrEnum):
@@ -69,41 +72,55 @@ class ResultFullError(Exception):
     """A row does not fit into what is left for the result."""
 
 
-@dataclass(frozen=True, slots=True)
 class Request:
-    sql: str
-    args: Arguments
-    int64_as_string: bool
+    __slots__ = ("args", "int64_as_string", "sql")
+
+    def __init__(self, sql: str, args: Arguments, int64_as_string: bool) -> None:
+        self.sql = sql
+        self.args = args
+        self.int64_as_string = int64_as_string
 
 
 def read_frame(descriptor: int, max_bytes: int) -> bytes:
     """The inside of one frame. Raises NoRequestError at an early end, VerdictError for a length that is not allowed."""
-    length = int.from_bytes(_read_exactly(descriptor, LENGTH_BYTES), "big")
+    # All of most requests in one read. What would follow the frame is not looked at, here or ever.
+    data = _read_until(descriptor, LENGTH_BYTES, b"", _FIRST_READ_BYTES)
+    length = int.from_bytes(data[:LENGTH_BYTES], "big")
     if not 1 <= length <= max_bytes:
         raise VerdictError(Verdict.REQUEST_INVALID, f"a frame of {length} bytes; 1 to {max_bytes} are allowed")
-    return _read_exactly(descriptor, length)
+    end = LENGTH_BYTES + length
+    return _read_until(descriptor, end, data, 1 << 16)[LENGTH_BYTES:end]
 
 
-def _read_exactly(descriptor: int, count: int) -> bytes:
-    data = bytearray()  # grows with what has come, not with what was announced
-    while len(data) < count:
-        chunk = os.read(descriptor, min(count - len(data), 1 << 16))
-        if not chunk:
-            raise NoRequestError
-        data += chunk
-    return bytes(data)
+def _read_until(descriptor: int, end: int, data: bytes, most: int) -> bytes:
+    """`data` and what comes after it, at least `end` bytes in all. Grows with what has come, not with what was announced."""
+    if len(data) >= end:
+        return data
+    chunk = os.read(descriptor, most)
+    if not data and len(chunk) >= end:
+        return chunk
+    grown = bytearray(data)
+    while chunk:
+        grown += chunk
+        if len(grown) >= end:
+            return bytes(grown)
+        chunk = os.read(descriptor, most)
+    raise NoRequestError
 
 
 def write_frame(descriptor: int, payload: bytes) -> None:
-    rest = memoryview(len(payload).to_bytes(LENGTH_BYTES, "big") + payload)
-    while rest:
-        rest = rest[os.write(descriptor, rest) :]
+    frame = len(payload).to_bytes(LENGTH_BYTES, "big") + payload
+    sent = os.write(descriptor, frame)
+    if sent < len(frame):
+        rest = memoryview(frame)[sent:]
+        while rest:
+            rest = rest[os.write(descriptor, rest) :]
 
 
 def decode_request(payload: bytes) -> Request:
     """Read the inside of a request frame; raises VerdictError `request_invalid`, or `args_invalid` for a value in `args`."""
     try:
-        document = json.loads(payload.decode("utf-8"), object_pairs_hook=_object, parse_constant=_no_constant)
+        document = _parse(payload.decode("utf-8"))
     except UnicodeDecodeError:
         _broken("not UTF-8")
     except json.JSONDecodeError:
@@ -124,6 +141,15 @@ def decode_request(payload: bytes) -> Request:
     if document["int64"] not in ("number", "string"):
         _broken("int64 is neither number nor string")
     return Request(sql, _arguments(args), document["int64"] == "string")
+
+
+def _parse(text: str) -> Any:
+    try:
+        document, end = _scan(text, 0)
+    except StopIteration:
+        end = -1
+    # White space around it, or no JSON at all. The gateway sends neither.
+    return document if end == len(text) else _decoder.decode(text)
 
 
 def _arguments(args: Any) -> Arguments:
@@ -210,6 +236,10 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> NoReturn:
     _broken(f"{name} is not JSON")
+
+
+_decoder = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_no_constant)
+_scan: Callable[[str, int], tuple[Any, int]] = _decoder.scan_once  # type: ignore[attr-defined]  # the stubs lack it
 
 
 def _broken(message: str) -> NoReturn:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -54,9 +53,11 @@ class TenantDatabase:
         self.path.touch()
         self.journal.touch()
         self.configuration = CONFIGURATION
+        self._keys = CONFIGURATION_KEYS
 
     def limited(self, **changes: Any) -> None:
-        self.configuration = replace(self.configuration, **changes)
+        self._keys = {**self._keys, **changes}
+        self.configuration = Configuration.parse(json.dumps(self._keys))
 
     def run(
         self,

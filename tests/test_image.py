@@ -230,6 +230,10 @@ def test_W1_sqlite_is_compiled_without_what_hostile_sql_could_use(build):
     assert tuple(int(part) for part in build["sqlite"].split(".")) >= (3, 53, 2)
 
 
+def test_opening_a_database_sets_no_memory_aside_for_pages(build):
+    assert "DEFAULT_PCACHE_INITSZ=0" in build["compile_options"]
+
+
 def test_load_extension_and_the_cipher_code_of_the_source_do_not_exist(ask, file_system):
     script = """
 try:

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from runner.wire import (
     NoRequestError,
-    Request,
     ResultFullError,
     RowEncoder,
     Verdict,
@@ -73,7 +72,8 @@ def typed(value):
 
 def test_every_golden_request_that_is_in_order_is_read():
     read = {name: decode_request((GOLDEN / name).read_bytes()) for name in names("request-*.json") if "invalid" not in name}
-    assert read["request-select.json"] == Request("SELECT 1 AS one, 'two' AS two", None, False)
+    select = read["request-select.json"]
+    assert (select.sql, select.args, select.int64_as_string) == ("SELECT 1 AS one, 'two' AS two", None, False)
     assert read["request-int64-string.json"].int64_as_string
     assert typed(read["request-args-object.json"].args) == typed({"n": 1.0, "other": b"\x00\x01\x02\xff"})
     assert typed(read["request-args-every-value.json"].args) == typed([*VALUES, 1, 0, 2**63 - 1])
@@ -152,6 +152,17 @@ def through_a_pipe(data: bytes, cap: int) -> bytes:
             sender.join()
     finally:
         os.close(reader)
+
+
+@pytest.mark.parametrize("length", [1, 4091, 4092, 4093, 70_000])
+def test_what_follows_a_frame_is_no_part_of_it(length):
+    reading, writing = os.pipe()
+    payload = bytes(index % 251 for index in range(length))
+    writer = threading.Thread(target=lambda: (write_frame(writing, payload), os.write(writing, b"more"), os.close(writing)))
+    writer.start()
+    assert read_frame(reading, 100_000) == payload
+    writer.join()
+    os.close(reading)
 
 
 def test_a_golden_stream_is_read_and_written():
