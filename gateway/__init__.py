@@ -10,6 +10,15 @@ Theory of operation. Three processes, three levels of trust:
                           ▼
                        runner            one container, one request, one volume; untrusted from the first byte of SQL
 
+Engines. What the runner's container is depends on the host, and shows the same facts from the inside:
+
+    docker    launcher ── Engine API ──▶ Docker container, for one request, with the volume mounted from its start
+    zygote    launcher ── Engine API ──▶ slot container, which stands, without a volume: a zygote waits in it
+                  │                          │  clones, ahead, into fresh user, mount, pid, ipc and uts namespaces
+                  └── work: SEQPACKET ──▶ child, for one request: gets its socket and a detached mount of the volume
+
+For that mount the launcher has CAP_SYS_ADMIN under zygote, and nothing else. The zygote never reads a tenant's byte.
+
 Channels. The caller speaks HTTP to web and to nothing else. web asks the launcher for a container by an instance id and hands
 over one end of a socket pair; the launcher gives that end to the container and never reads it. Request and reply travel over the
 pair as one frame each (docs/wire.md), so SQL passes only between web and the container it runs in. The launcher's packets have

@@ -27,11 +27,17 @@ class Settings:
     listen: str = _setting("127.0.0.1:8080", "Address and port of the HTTP API.")
     state_dir: Path = _setting(Path("/var/lib/mayfly"), "Instances, keys, logs and the launcher's socket.")
     web_uid: int = _setting(-1, "User id that may speak to the launcher; -1 is the launcher's own.", minimum=-1)
-    engine: str = _setting("docker", "What starts containers.", choices=("docker",))
+    engine: str = _setting(
+        "auto",
+        "`docker`: a container for each request. `zygote`: standing containers that clone one. `auto`: the latter if the host can.",
+        choices=("auto", "docker", "zygote"),
+    )
     docker_socket: str = _setting("unix:///var/run/docker.sock", "The Docker Engine API.")
     docker_runtime: str = _setting("", "OCI runtime name; empty is the daemon's default.")
     image: str = _setting("mayfly-runner:latest", "The runner image.")
     slots: int = _setting(4, "Runners at work at once; those that wait warm are not counted.", minimum=1)
+    slot_requests: int = _setting(10_000, "Requests after which engine `zygote` replaces a slot container.", minimum=1)
+    slot_seconds: float = _setting(600.0, "Age at which it replaces one that has served a request.", minimum=1)
     nursery: int = _setting(4, "Fresh instances that wait with their container started; 0 is off.", minimum=0)
     successors: int = _setting(32, "Warm containers that wait for the next request of their instance; 0 is off.", minimum=0)
     warm_idle_seconds: float = _setting(60.0, "Longest wait of a warm container for its instance's next request.", minimum=0.1)

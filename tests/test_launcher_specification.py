@@ -1,29 +1,83 @@
-"""The container specification, pinned byte for byte. A change here is a change of the sandbox and wants a reason."""
+"""The container specifications, pinned byte for byte. A change here is a change of the sandbox and wants a reason."""
 
 import json
+import socket
 import uuid
 from pathlib import Path
 
 import pytest
 
-from gateway.launcher.__main__ import read_seccomp_profile
+from gateway.launcher.__main__ import SLOT_SECCOMP_PROFILE, read_seccomp_profile
 from gateway.launcher.errors import RefusedError
-from gateway.launcher.specification import container_specification
+from gateway.launcher.specification import APPARMOR_PROFILE, container_specification, slot_specification
 from gateway.settings import Settings
 
-GOLDEN = Path(__file__).parent / "golden" / "container_specification.json"
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = ROOT / "tests" / "golden" / "container_specification.json"
+SLOT_GOLDEN = ROOT / "tests" / "golden" / "slot_specification.json"
 INSTANCE = uuid.UUID("0198f0c4-7a10-7c3e-9d52-3b1f0e6a8d21")
 VOLUME = Path("/var/lib/mayfly/instances/0198f0c4-7a10-7c3e-9d52-3b1f0e6a8d21/volume")
 DEPLOYMENT = "0123456789abcdef0123456789abcdef"
 PROFILE = '{"defaultAction":"SCMP_ACT_ERRNO"}'
+CLONE_NEWNS, CLONE_NEWUSER = 0x20000, 0x10000000
+SLOT = "0f1e2d3c4b5a6978"
+SOCKET = Path("/var/lib/mayfly/launcher/slots") / SLOT
 
 
 def specification(settings=None, **changes):
     return container_specification(settings or Settings(), INSTANCE, VOLUME, DEPLOYMENT, PROFILE, **changes)
 
 
+def slot(settings=None, *, apparmor=False):
+    return slot_specification(settings or Settings(), SLOT, SOCKET, DEPLOYMENT, PROFILE, apparmor=apparmor)
+
+
 def test_the_specification_is_the_golden_one():
     assert specification() == json.loads(GOLDEN.read_text())
+
+
+def test_a_slots_specification_is_the_golden_one():
+    assert slot() == json.loads(SLOT_GOLDEN.read_text())
+
+
+def test_a_slot_differs_from_a_run_in_its_command_its_labels_its_mount_and_in_having_no_stream():
+    streams = ("OpenStdin", "StdinOnce", "AttachStdin", "AttachStdout")
+    run = specification(Settings(docker_runtime="crun"))
+    host = run["HostConfig"] | {"Mounts": slot()["HostConfig"]["Mounts"]}
+    assert slot(Settings(docker_runtime="crun")) == run | {
+        "Cmd": ["zygote"],
+        "Labels": slot()["Labels"],
+        "HostConfig": host,
+        **dict.fromkeys(streams, False),
+    }
+
+
+def test_a_slot_gets_its_own_apparmor_profile_where_there_is_apparmor():
+    options = slot()["HostConfig"]["SecurityOpt"]
+    assert slot(apparmor=True)["HostConfig"]["SecurityOpt"] == [*options, "apparmor=mayfly-slot"]
+    assert f"profile {APPARMOR_PROFILE} " in (ROOT / "infra" / "apparmor" / APPARMOR_PROFILE).read_text()
+
+
+def test_a_slots_seccomp_profile_is_the_runners_and_what_a_zygote_needs():
+    runner, zygote = (
+        [(tuple(group["names"]), group["action"], json.dumps(group["args"])) for group in json.loads(text)["syscalls"]]
+        for text in (read_seccomp_profile(), read_seccomp_profile(SLOT_SECCOMP_PROFILE))
+    )
+    no_clone3 = (("clone3",), "SCMP_ACT_ERRNO", "[]")
+    assert [group for group in runner if group not in zygote] == [no_clone3]
+    more = [group for group in zygote if group not in runner]
+    assert {action for _, action, _ in more} == {"SCMP_ACT_ALLOW"}
+    namespaces = {"index": 0, "value": ~(CLONE_NEWUSER | CLONE_NEWNS) & (1 << 64) - 1, "valueTwo": 0, "op": "SCMP_CMP_MASKED_EQ"}
+    unix = {"index": 0, "value": socket.AF_UNIX, "valueTwo": 0, "op": "SCMP_CMP_EQ"}
+    arguments = {names: json.loads(args) for names, _, args in more}
+    assert {names: args for names, args in arguments.items() if args} == {("unshare",): [namespaces], ("socket",): [unix]}
+    assert {name for names in arguments for name in names} == {
+        *("clone3", "unshare", "chdir", "mkdir", "mount", "mount_setattr", "move_mount", "pivot_root", "umount2"),
+        *("socket", "connect", "eventfd2", "ppoll", "recvmsg", "sendto", "kill", "wait4", "capset", "pipe2", "unlink"),
+    }
+    names = [name for names, _, _ in zygote for name in names]
+    assert len(names) == len(set(names))
+    assert all(group["comment"] for group in json.loads(SLOT_SECCOMP_PROFILE.read_text())["syscalls"])
 
 
 def test_the_self_test_differs_from_a_run_in_its_command_alone():

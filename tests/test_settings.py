@@ -36,7 +36,7 @@ def test_values_are_read_with_their_type():
         ("MAYFLY_TLL_SECONDS", "5", "is not a setting"),
         ("MAYFLY_TTL_SECONDS", "ten", "is not a int"),
         ("MAYFLY_TTL_SECONDS", "0", "below 1"),
-        ("MAYFLY_ENGINE", "podman", "not one of docker"),
+        ("MAYFLY_ENGINE", "podman", "not one of auto, docker, zygote"),
         ("MAYFLY_DEADLINE_SECONDS", "nan", "is not finite"),
         ("MAYFLY_DEADLINE_SECONDS", "inf", "is not finite"),
     ],

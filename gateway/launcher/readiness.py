@@ -53,7 +53,7 @@ class Readiness:
             raise
         self.facts = facts
         self._trouble = None
-        log.info("engine up version=%s runtime=%s image=%s orphans=%d", facts.version, facts.runtime, facts.image_id, swept)
+        log.info("engine %s up (%s) orphans=%d %s", self._engine.name, self._engine.choice, swept, facts)
 
     async def watch(self) -> None:
         """For as long as the launcher lives; ends only by RefusedError or by being cancelled."""

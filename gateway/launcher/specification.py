@@ -1,6 +1,6 @@
-"""What a runner's container is: one pure function from the settings to the body of Docker's `POST /containers/create`.
+"""What a runner's container is, and a slot's: pure functions from the settings to the body of Docker's `POST /containers/create`.
 
-Nothing else in the launcher decides anything about a container, and nothing a caller sends takes part. A golden file pins it.
+Nothing else in the launcher decides anything about a container, and nothing a caller sends takes part. Golden files pin them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from ..settings import Settings
 Command = Literal["serve", "selftest"]
 
 # An id that no account of a host has. Every runner has it, so there is no nproc among the limits: it counts across containers.
-RUNNER_USER = "64700:64700"
+RUNNER_UID = 64700
+RUNNER_USER = f"{RUNNER_UID}:{RUNNER_UID}"
+
+APPARMOR_PROFILE = "mayfly-slot"  # infra/apparmor
 
 # Docker's own list, which naming any path replaces, and two places that anybody in a container could write to: POSIX message
 # queues, and the triggers of the host's pressure statistics.
@@ -39,6 +42,7 @@ MASKED_PATHS = (
 LABEL_ROLE = "org.mayfly.role"
 LABEL_DEPLOYMENT = "org.mayfly.deployment"
 LABEL_INSTANCE = "org.mayfly.instance"
+LABEL_SLOT = "org.mayfly.slot"
 
 
 def runner_configuration(settings: Settings) -> str:
@@ -65,12 +69,52 @@ def container_specification(
     seccomp_profile: str,
     command: Command = "serve",
 ) -> dict[str, Any]:
-    """The exact body. `seccomp_profile` is the profile's JSON text: the Engine API takes no path."""
+    """The exact body of one run's container. `seccomp_profile` is the profile's JSON text: the Engine API takes no path."""
+    return _body(
+        settings,
+        command,
+        {LABEL_ROLE: "runner", LABEL_DEPLOYMENT: deployment, LABEL_INSTANCE: str(instance)},
+        [f"seccomp={seccomp_profile}"],
+        {
+            "Type": "bind",
+            "Source": str(volume),
+            "Target": "/data",
+            "BindOptions": {"Propagation": "rprivate", "NonRecursive": True},
+        },
+        talks=True,
+    )
+
+
+def slot_specification(
+    settings: Settings, slot: str, socket: Path, deployment: str, seccomp_profile: str, *, apparmor: bool
+) -> dict[str, Any]:
+    """The exact body of a slot container: a runner's, without a volume. Its way to the world is the launcher's socket."""
+    return _body(
+        settings,
+        "zygote",
+        {LABEL_ROLE: "slot", LABEL_DEPLOYMENT: deployment, LABEL_SLOT: slot},
+        # Docker's own AppArmor profile denies every mount.
+        [f"seccomp={seccomp_profile}", *([f"apparmor={APPARMOR_PROFILE}"] if apparmor else [])],
+        {
+            "Type": "bind",
+            "Source": str(socket),
+            "Target": "/slot.sock",
+            "ReadOnly": True,
+            "BindOptions": {"Propagation": "rprivate", "NonRecursive": True},
+        },
+        talks=False,
+    )
+
+
+def _body(
+    settings: Settings, command: str, labels: dict[str, str], security: list[str], mount: dict[str, Any], *, talks: bool
+) -> dict[str, Any]:
+    """What both have in common, and that is every limit. `talks` by its stdin and stdout."""
     host: dict[str, Any] = {
         "ReadonlyRootfs": True,
         "Privileged": False,
         "CapDrop": ["ALL"],
-        "SecurityOpt": ["no-new-privileges", f"seccomp={seccomp_profile}"],
+        "SecurityOpt": ["no-new-privileges", *security],
         "MaskedPaths": [*MASKED_PATHS],
         "NetworkMode": "none",
         "IpcMode": "none",
@@ -87,14 +131,7 @@ def container_specification(
             {"Name": "nofile", "Soft": settings.container_nofile, "Hard": settings.container_nofile},
         ],
         "LogConfig": {"Type": "none", "Config": {}},  # the reply is the tenant's data: the daemon must not keep it
-        "Mounts": [
-            {
-                "Type": "bind",
-                "Source": str(volume),
-                "Target": "/data",
-                "BindOptions": {"Propagation": "rprivate", "NonRecursive": True},
-            }
-        ],
+        "Mounts": [mount],
         "AutoRemove": False,  # how it ended is read before it goes
         "RestartPolicy": {"Name": "no", "MaximumRetryCount": 0},
         "Init": False,
@@ -108,15 +145,15 @@ def container_specification(
         "Env": [f"MAYFLY_RUNNER={runner_configuration(settings)}"],
         "WorkingDir": "/",
         "Hostname": "runner",
-        "OpenStdin": True,
-        "StdinOnce": True,
-        "AttachStdin": True,
-        "AttachStdout": True,
+        "OpenStdin": talks,
+        "StdinOnce": talks,
+        "AttachStdin": talks,
+        "AttachStdout": talks,
         "AttachStderr": False,
         "Tty": False,
         "NetworkDisabled": True,
         "StopSignal": "SIGKILL",
         "Healthcheck": {"Test": ["NONE"]},
-        "Labels": {LABEL_ROLE: "runner", LABEL_DEPLOYMENT: deployment, LABEL_INSTANCE: str(instance)},
+        "Labels": labels,
         "HostConfig": host,
     }

@@ -6,7 +6,7 @@ instance's volume mounted, and is never another's. Here is only the choice; star
 
 Whoever holds an instance's lease has the say over what waits for it. A successor is started under the lease, so a run that comes
 meanwhile waits for that start and then finds it done; one that is not begun when a run comes is called off. Whoever deletes a
-volume takes the lease and `discard`s first.
+volume takes the lease and `discard`s first. With an engine that does not start ahead, nothing ever waits here.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Warmth:
 
     def want(self, instance: uuid.UUID) -> None:
         """A run has ended; another one may follow."""
-        if not self._successors:
+        if not self._successors or not self._engine.starts_ahead:
             return
         self._wanted[instance] = asyncio.get_running_loop().time()
         self._wanted.move_to_end(instance)
@@ -156,7 +156,7 @@ class Warmth:
         return self._readiness.trouble is None and (bool(self._wanted) or (self._has_room() and self._left_of_pause() <= 0))
 
     def _has_room(self) -> bool:
-        return len(self._nursery) + self._coming < self._nursery_size
+        return self._engine.starts_ahead and len(self._nursery) + self._coming < self._nursery_size
 
     def _left_of_pause(self) -> float:
         return self._resume_at - asyncio.get_running_loop().time()

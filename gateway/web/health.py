@@ -17,8 +17,8 @@ from .launcher import Launcher
 _FRESH_SECONDS = 1.0
 _MAX_STRING_CHARS = 200
 
-# What of the launcher's report is for everybody; paths, ids and the words of a failure are for the operator.
-PUBLIC_KEYS = frozenset({"engine", "daemon", "runtime", "instances", "running", "nursery", "successors"})
+# What of the launcher's report is for everybody; paths, ids and the words of a failure at work are for the operator.
+PUBLIC_KEYS = frozenset({"engine", "engine_choice", "daemon", "runtime", "instances", "running", "nursery", "successors"})
 
 _log = logging.getLogger(__name__)
 _report = msgspec.json.Decoder(dict[str, object])
@@ -55,7 +55,7 @@ class Health:
             return self._unavailable(error)
         if told.get("trouble") is not None or told.get("daemon") == "down":
             return self._unavailable(EngineUnavailableError(reason=f"launcher: {told.get('trouble')!r}"))
-        public = {key: value for key, value in told.items() if key in PUBLIC_KEYS and _is_plain(value)}
+        public = {key: _cut(value) for key, value in told.items() if key in PUBLIC_KEYS and _is_plain(value)}
         return 200, {
             "status": "ok",
             "version": __version__,
@@ -87,4 +87,8 @@ def _part(value: object) -> Report:
 
 
 def _is_plain(value: object) -> bool:
-    return value is None or isinstance(value, bool | int | float) or (isinstance(value, str) and len(value) <= _MAX_STRING_CHARS)
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _cut(value: object) -> object:
+    return value[:_MAX_STRING_CHARS] if isinstance(value, str) else value

@@ -96,6 +96,7 @@ def _schemas(rows: tuple[Row, ...]) -> _Object:
                 "status": {"type": "string", "enum": ["ok", "unavailable"]},
                 "version": _STRING,
                 "engine": _STRING,
+                "engine_choice": {"type": "string", "description": "Why this engine: set, or what `auto` found."},
                 "separation": {"type": "boolean", "description": "Whether web and launcher run under two users."},
                 "reason": {"type": "string", "description": "An error code, when unavailable."},
             },

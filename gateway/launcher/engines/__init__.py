@@ -32,19 +32,33 @@ class Engine(Protocol):
     processors and file size. A layer that the host cannot apply is a refusal, never a warning.
 
     One container serves one run of one instance and is never used again, whatever happens in it. It may be started before the
-    run, with the instance's volume already mounted; it is still that instance's alone. The caller of `run`, `prepare` and
-    `discard` holds the instance's lease, so that no two containers of one volume exist at a time. A container outlives its run
-    only while the engine does not answer; `removal` then says what to wait for before the lease may be let go. Destroying twice
-    is harmless, at any time and from anywhere: what is already gone, or on its way, counts as destroyed.
+    run: with the instance's volume already mounted, and then it is that instance's alone, or without any, and then for anybody.
+    The caller of `run`, `prepare` and `discard` holds the instance's lease, so that no two containers of one volume exist at a
+    time. A container outlives its run only while the engine does not answer; `removal` then says what to wait for before the
+    lease may be let go. Destroying twice is harmless, at any time and from anywhere: what is already gone, or on its way, counts
+    as destroyed.
     """
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What MAYFLY_ENGINE calls it."""
+
+    @property
+    def choice(self) -> str:
+        """Why it is this one, for the operator."""
+
+    @property
+    def starts_ahead(self) -> bool:
+        """Whether `prepare` saves a run anything. Where not, nobody calls it, and nothing ever waits for an instance."""
 
     async def open(self) -> EngineFacts:
-        """Connect, or connect again. Raises EngineDownError, ImageMissingError, or RefusedError if the host falls short."""
+        """Connect, or connect again, and start what has to stand. What stands already is kept.
+
+        Raises EngineDownError, ImageMissingError, or RefusedError if the host falls short.
+        """
 
     async def ping(self) -> None:
-        """Raises EngineDownError unless the engine answers."""
+        """Raises EngineDownError unless the engine can take a run."""
 
     async def run(
         self,
@@ -59,10 +73,11 @@ class Engine(Protocol):
         It is the container that `prepare` made, if that one lives, and otherwise a new one. One that was prepared and turns out to
         be dead before a byte of the request has reached it is replaced, and the caller sees nothing of it.
 
-        The socket is the engine's from now on, and closed in every case: as soon as the container's output is over, before the
-        container is torn down. `started` is called at most once, when the container runs and holds the socket. A container is
-        killed at deadline plus grace, counted from the first byte of the request, or when the caller closes its end.
-        Cancelling kills the container; CancelledError is raised after it was removed. Raises EngineError if no container started.
+        The socket is the engine's from now on, and closed in every case, at the latest when the container is gone. `started` is
+        called at most once, when the container runs and holds the socket. A container is killed at deadline plus grace, counted
+        from the first byte of the request or, where the engine never sees that, from the moment at which it got the socket; or
+        soon after the caller has closed its end, if it does not end by itself meanwhile.
+        Cancelling kills the container; CancelledError is raised after it is gone. Raises EngineError if no container started.
         On return and on every exception the container is gone, unless `removal` gives something to wait for.
         """
 
@@ -88,4 +103,4 @@ class Engine(Protocol):
         """Remove the containers of this deployment that belong to nothing of this process. Returns how many there were."""
 
     async def close(self) -> None:
-        """Let go of the engine. Containers that still exist are left to the next start's sweep."""
+        """Let go of the engine, when no run is left. Containers that still exist are left to the next start's sweep."""

@@ -12,17 +12,21 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 
 import docker
 import docker.errors
 import urllib3.exceptions
 
-from ..errors import ContainerRefusedError, EngineDownError, EngineError, ImageMissingError
+from ...settings import Settings
+from ..errors import ContainerRefusedError, EngineDownError, EngineError, ImageMissingError, RefusedError
+from . import EngineFacts
 from .transport import SCHEME, OnePoolAdapter
 
 Result = TypeVar("Result")
 _ANY_VERSION = "1.24"  # to ask for the version; the question itself names none
+_REMOVAL_PATIENCE_SECONDS = 10.0
 _NEVER_CONNECTED = (ConnectionRefusedError, FileNotFoundError, PermissionError)
 
 
@@ -43,6 +47,31 @@ class Daemon:
     async def reconnect(self) -> None:
         """Forget the connection and the API version agreed on: the daemon may be another one since."""
         await asyncio.get_running_loop().run_in_executor(self._threads, self._disconnect)
+
+    async def survey(self, settings: Settings) -> tuple[EngineFacts, frozenset[str]]:
+        """Connect anew; what is there, and the names of the security modules that the daemon applies.
+
+        Raises EngineDownError, ImageMissingError, or RefusedError if the daemon has no seccomp or not the runtime.
+        """
+        await self.reconnect()
+        runtime = settings.docker_runtime
+        info: dict[str, Any] = await self.call(docker.APIClient.info)
+        image = await self.call(partial(image_id, image=settings.image))
+        security = frozenset(option.split(",")[0].removeprefix("name=") for option in info.get("SecurityOptions") or [])
+        if "seccomp" not in security:
+            raise RefusedError("the Docker daemon does not apply seccomp profiles")
+        if runtime and runtime not in info.get("Runtimes", {}):
+            raise RefusedError(f"the Docker daemon has no runtime {runtime!r}")
+        return EngineFacts(str(info["ServerVersion"]), runtime or str(info["DefaultRuntime"]), image), security
+
+    async def destroy(self, container: str) -> None:
+        """Kill and remove it; on return it is gone. Raises EngineDownError when that cannot be seen in time."""
+        loop = asyncio.get_running_loop()
+        give_up_at = loop.time() + _REMOVAL_PATIENCE_SECONDS
+        while not await self.call(partial(remove, container=container)):
+            if loop.time() > give_up_at:
+                raise EngineDownError(f"the removal of {container[:12]} is under way and does not end")
+            await asyncio.sleep(0.05)
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)

@@ -12,25 +12,21 @@ from contextlib import AbstractAsyncContextManager, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
-
-import docker
+from typing import Any
 
 from ...protocol import Verdict
 from ...settings import Settings
 from ..errors import ContainerRefusedError, DeadContainerError, EngineDownError, EngineError, RefusedError
 from ..specification import LABEL_DEPLOYMENT, LABEL_INSTANCE, Command, container_specification
 from . import EngineFacts, daemon
+from .completion import to_the_end
 from .relay import End, HangUp, Relay, RelayLimits
 from .starts import Starts, cores
 
 log = logging.getLogger(__name__)
 
-Result = TypeVar("Result")
-
 _FRAME_HEADER_BYTES = 4
 _EXCESS_BYTES = 1  # one byte past the cap tells the caller that a reply is too long
-_REMOVAL_PATIENCE_SECONDS = 10.0
 _RETRY_SECONDS = (0.2, 5.0)  # first and longest pause between attempts to remove what an unreachable daemon still has
 _OOM_REPORT_ATTEMPTS = 3
 _OOM_REPORT_PAUSE_SECONDS = 0.05
@@ -94,6 +90,8 @@ class DockerEngine:
     """Plain Engine API, any OCI runtime. The contract is Engine's."""
 
     name = "docker"
+    choice = "set"
+    starts_ahead = True
 
     def __init__(self, settings: Settings, deployment: str, seccomp_profile: str) -> None:
         self._settings = settings
@@ -116,15 +114,8 @@ class DockerEngine:
         self._removals: dict[uuid.UUID, asyncio.Task[None]] = {}
 
     async def open(self) -> EngineFacts:
-        await self._daemon.reconnect()
-        runtime = self._settings.docker_runtime
-        info: dict[str, Any] = await self._daemon.call(docker.APIClient.info)
-        image_id = await self._daemon.call(partial(daemon.image_id, image=self._settings.image))
-        if not any(option.startswith("name=seccomp") for option in info.get("SecurityOptions") or []):
-            raise RefusedError("the Docker daemon does not apply seccomp profiles")
-        if runtime and runtime not in info.get("Runtimes", {}):
-            raise RefusedError(f"the Docker daemon has no runtime {runtime!r}")
-        return EngineFacts(str(info["ServerVersion"]), runtime or str(info["DefaultRuntime"]), image_id)
+        facts, _ = await self._daemon.survey(self._settings)
+        return facts
 
     async def ping(self) -> None:
         await self._daemon.call(lambda client: client.ping())
@@ -138,13 +129,13 @@ class DockerEngine:
         command: Command = "serve",
     ) -> Verdict:
         run = _Run(caller, self._limits, started)
-        return await _to_the_end(self._run(run, _Container(instance, self._body(instance, volume, command))), run.cancel)
+        return await to_the_end(self._run(run, _Container(instance, self._body(instance, volume, command))), run.cancel)
 
     def spare_turn(self) -> AbstractAsyncContextManager[None]:
         return self._starts.spare()
 
     async def prepare(self, instance: uuid.UUID, volume: Path, lost: Callable[[], None]) -> None:
-        await _to_the_end(self._prepare(_Container(instance, self._body(instance, volume, "serve")), lost))
+        await to_the_end(self._prepare(_Container(instance, self._body(instance, volume, "serve")), lost))
 
     def is_prepared(self, instance: uuid.UUID) -> bool:
         container = self._prepared.get(instance)
@@ -152,7 +143,7 @@ class DockerEngine:
 
     async def discard(self, instance: uuid.UUID) -> None:
         if (container := self._take(instance)) is not None:
-            await _to_the_end(self._destroy(container))
+            await to_the_end(self._destroy(container))
 
     def removal(self, instance: uuid.UUID) -> asyncio.Task[None] | None:
         return self._removals.get(instance)
@@ -163,7 +154,7 @@ class DockerEngine:
         owned = {str(instance) for instance in self._owned}
         orphans = [item["Id"] for item in found if item["Labels"].get(LABEL_INSTANCE) not in owned]
         for container in orphans:
-            await self._remove_container(container)
+            await self._daemon.destroy(container)
             log.info("orphan removed container=%s", container[:12])
         return len(orphans)
 
@@ -339,35 +330,11 @@ class DockerEngine:
     async def _remove(self, container: _Container) -> None:
         """By its name, or, if the daemon never told it, by its labels."""
         if container.id is not None:
-            await self._remove_container(container.id)
+            await self._daemon.destroy(container.id)
             return
         labels = {LABEL_DEPLOYMENT: self._deployment, LABEL_INSTANCE: str(container.instance)}
         for item in await self._daemon.call(partial(daemon.labelled, labels=labels)):
-            await self._remove_container(item["Id"])
-
-    async def _remove_container(self, container: str) -> None:
-        loop = asyncio.get_running_loop()
-        give_up_at = loop.time() + _REMOVAL_PATIENCE_SECONDS
-        while not await self._daemon.call(partial(daemon.remove, container=container)):
-            if loop.time() > give_up_at:
-                raise EngineDownError(f"the removal of {container[:12]} is under way and does not end")
-            await asyncio.sleep(0.05)
-
-
-async def _to_the_end(work: Coroutine[None, None, Result], hurry: Callable[[], None] = lambda: None) -> Result:
-    """Cancelling calls `hurry` and is raised once `work` is done: what holds a container must not be cut off in the middle."""
-    task = asyncio.create_task(work)
-    cancelled = False
-    while not task.done():
-        try:
-            await asyncio.wait((task,))
-        except asyncio.CancelledError:
-            cancelled = True
-            hurry()
-    if cancelled:
-        task.exception()
-        raise asyncio.CancelledError
-    return task.result()
+            await self._daemon.destroy(item["Id"])
 
 
 def _short(container: _Container) -> str:
