@@ -8,6 +8,7 @@ repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 state=$(realpath -m "${MAYFLY_STATE_DIR:-/var/lib/mayfly}")
 listen=${MAYFLY_LISTEN:-127.0.0.1:8080}
 image=${MAYFLY_IMAGE:-mayfly-runner:latest}
+engine=${MAYFLY_ENGINE:-auto}
 operator=$state/operator # pid files and the operator's logs
 python=/usr/bin/python3  # not whatever is first in PATH: the service's users must be able to run it
 export MAYFLY_STATE_DIR=$state MAYFLY_LISTEN=$listen MAYFLY_IMAGE=$image
@@ -21,6 +22,7 @@ die() {
 is_root() { [ "$(id -u)" -eq 0 ]; }
 has_systemd() { [ -d /run/systemd/system ]; }
 docker_answers() { timeout 10 docker version >/dev/null 2>&1; }
+has_apparmor() { [ "$(cat /sys/module/apparmor/parameters/enabled 2>/dev/null)" = Y ]; }
 
 # --- what must be on the machine
 
@@ -31,6 +33,7 @@ missing_packages() {
     "$python" -c 'import ensurepip, venv' 2>/dev/null || echo python3-venv
     command -v curl >/dev/null || echo curl
     [ -e /etc/ssl/certs/ca-certificates.crt ] || echo ca-certificates
+    ! is_root || ! has_apparmor || command -v apparmor_parser >/dev/null || echo apparmor
 }
 
 install_prerequisites() {
@@ -50,6 +53,7 @@ install_prerequisites() {
 # With systemd the distribution's service is used; without it the daemon is started here, and stopped by infra/down.
 start_docker() {
     docker_answers && return
+    [ -z "${MAYFLY_DOCKER_SOCKET:-}" ] || die "no Docker daemon answers at MAYFLY_DOCKER_SOCKET=$MAYFLY_DOCKER_SOCKET"
     is_root || die "no Docker daemon answers; as root: systemctl start docker, and: usermod -aG docker $(id -un)"
     if has_systemd; then
         systemctl start docker || die "systemctl start docker failed"
@@ -65,6 +69,14 @@ start_docker() {
         sleep 0.2
     done
     die "dockerd did not come up; see $operator/dockerd.log"
+}
+
+# Docker's own AppArmor profile forbids what a slot container does; a host without AppArmor needs none.
+load_slot_profile() {
+    is_root && has_apparmor && [ "$engine" != docker ] || return 0
+    "$repo/infra/apparmor/load" && return
+    [ "$engine" = auto ] || die "cannot load the slots' AppArmor profile: $repo/infra/apparmor/load failed"
+    say "no engine zygote without its AppArmor profile: $repo/infra/apparmor/load failed; once it does not, restart Mayfly"
 }
 
 # install_python [EXTRA [FOLDER]]: an environment, .venv unless named, made anew only when pyproject.toml or the wanted extra changed.
@@ -156,9 +168,14 @@ make_state() {
 
 # --- the two processes
 
+# Under engine zygote the launcher hands a slot each request's volume as a detached mount: open_tree and mount_setattr ask for
+# CAP_SYS_ADMIN over the mount namespace that the launcher is in. Engine docker needs none, and the gateway never does.
+capabilities() { [ "$1" != launcher ] || [ "$engine" = docker ] || echo ,+sys_admin; }
+
 # spawn NAME USER COMMAND…: in the background, with an environment of MAYFLY_* alone, its log and pid file in $operator. As root it gets
-# its user, no capabilities and no way to new ones, and its own mount namespace in which the clone is read-only at /srv: the clone
-# may lie in a folder that this user cannot enter.
+# its user, its capabilities and no way to others, and its own mount namespace in which the clone is read-only at /srv: the clone
+# may lie in a folder that this user cannot enter. The capability is ambient, so that it outlives the change of user and the exec of
+# an ordinary program; no_new_privs does not take it, and the bounding set holds nothing else.
 spawn() {
     local name=$1 user=$2 settings
     shift 2
@@ -168,9 +185,10 @@ spawn() {
     if is_root; then
         command=(unshare --mount --propagation slave sh -c '
             mount --bind "$0" /srv && mount -o remount,bind,ro,nosuid,nodev /srv && cd /srv || exit 1
-            user=$1; shift
-            exec setpriv --reuid "$user" --regid "$user" --init-groups --inh-caps=-all --bounding-set=-all --no-new-privs "$@"
-        ' "$repo" "$user" /srv/.venv/bin/python "$@")
+            user=$1 caps=-all$2; shift 2
+            exec setpriv --reuid "$user" --regid "$user" --init-groups \
+                --inh-caps="$caps" --ambient-caps="$caps" --bounding-set="$caps" --no-new-privs "$@"
+        ' "$repo" "$user" "$(capabilities "$name")" /srv/.venv/bin/python "$@")
     fi
     # Every caller is a descriptor, so as many as there may be.
     (cd "$repo" && ulimit -n "$(ulimit -Hn)" && exec setsid "${clean[@]}" "${command[@]}") \

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import configparser
 import os
+import re
 import socket
 import subprocess
 import tempfile
@@ -80,5 +82,62 @@ def test_an_unknown_setting_is_refused_by_its_name(stopped):
 
 
 def test_the_scripts_are_valid_bash():
-    for name in ("up", "down", "test", "bench", "lib.sh"):
+    for name in ("up", "down", "test", "bench", "lib.sh", "apparmor/load"):
         subprocess.run(["bash", "-n", REPO / "infra" / name], check=True)
+
+
+def unit(name: str) -> configparser.SectionProxy:
+    """The [Service] section; of a name that stands there more than once, what was written last."""
+    parser = configparser.ConfigParser(strict=False, interpolation=None, comment_prefixes="#")
+    parser.optionxform = str
+    parser.read(REPO / "infra" / "systemd" / f"mayfly-{name}.service")
+    return parser["Service"]
+
+
+def test_the_units_give_a_capability_to_the_launcher_alone_and_two_calls_to_use_it():
+    launcher, web = unit("launcher"), unit("web")
+    for name, held in ((launcher, "CAP_SYS_ADMIN"), (web, "")):
+        assert name["AmbientCapabilities"] == name["CapabilityBoundingSet"] == held
+    assert (launcher["SystemCallFilter"], web["SystemCallFilter"]) == (
+        "open_tree mount_setattr",
+        "~@privileged @resources @keyring @aio",
+    )
+
+
+def test_the_units_take_the_same_users_as_infra_up_and_confine_both_processes():
+    script = (REPO / "infra" / "lib.sh").read_text()
+    for name in ("launcher", "web"):
+        section = unit(name)
+        assert f"\n{name}_user={section['User']}\n" in script
+        assert section["ProtectSystem"] == "strict"
+        assert all(section[switch] == "yes" for switch in ("NoNewPrivileges", "PrivateMounts", "RestrictNamespaces"))
+        assert f"-m gateway.{name}" in section["ExecStart"]
+    assert not {"SupplementaryGroups", "ExecStartPre"} & set(unit("web"))
+    assert "-/run/docker.sock" in unit("web")["InaccessiblePaths"]
+
+
+def test_the_apparmor_profile_of_a_slot_names_what_it_allows():
+    profile = (REPO / "infra" / "apparmor" / "mayfly-slot").read_text()
+    rules = [line.strip() for line in profile.splitlines() if line.strip().endswith(",")]
+    assert not {"file,", "network,", "capability,", "mount,", "umount,", "pivot_root,", "ptrace,", "signal,"} & set(rules)
+    assert [rule for rule in rules if rule.startswith("capability")] == ["capability sys_admin,", "capability setpcap,"]
+    mounts = [rule for rule in rules if rule.startswith("mount")]
+    assert mounts
+    assert all(re.fullmatch(r"mount (fstype=tmpfs )?options=\([a-z, ]+\) -> /data/,", rule) for rule in mounts)
+    assert not any(re.search(r"^/\S+ \S*[ixpu]x", rule) for rule in rules if not rule.startswith("deny"))
+
+
+def test_an_older_apparmor_gets_the_same_profile_but_for_the_rule_that_it_does_not_know(tmp_path):
+    folder = REPO / "infra" / "apparmor"
+    [edit] = re.findall(r"sed '(.*)'", (folder / "load").read_text())
+    older = subprocess.run(["sed", edit, folder / "mayfly-slot"], capture_output=True, text=True, check=True).stdout
+    newer = (folder / "mayfly-slot").read_text()
+    assert older.splitlines() == [line.replace("<abi/4.0>", "<abi/3.0>") for line in newer.splitlines() if line != "  userns,"]
+    assert "abi <abi/3.0>," in older
+
+
+@NEEDS_ROOT
+def test_the_profile_is_loaded_where_apparmor_is_and_not_missed_where_it_is_not():
+    subprocess.run([REPO / "infra/apparmor/load"], check=True)
+    loaded = Path("/sys/kernel/security/apparmor/profiles")
+    assert not loaded.exists() or "mayfly-slot (enforce)" in loaded.read_text()
