@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +28,26 @@ from .deployment import REPO
 WORKLOADS = ("select", "read", "insert", "create")
 
 
+@contextmanager
+def _open_folder() -> Iterator[Path]:
+    """Empty, and the services' users can enter it."""
+    with tempfile.TemporaryDirectory(prefix="mayfly-test-bench-") as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+@pytest.fixture
+def scratch() -> Iterator[Path]:
+    with _open_folder() as folder:
+        yield folder
+
+
 @pytest.fixture(scope="module")
 def run() -> Iterator[tuple[dict[str, Any], str, Path, Path]]:
     """What a short run printed, told, kept, and the folder for its state."""
-    with tempfile.TemporaryDirectory(prefix="mayfly-test-bench-") as folder:
-        scratch = Path(folder)
-        scratch.chmod(0o755)
-        environment = {**os.environ, "TMPDIR": folder, "MAYFLY_MIN_FREE_BYTES": "0"}
-        done = subprocess.run([REPO / "infra/bench", "smoke"], env=environment, capture_output=True, text=True, timeout=300)
+    with _open_folder() as scratch:
+        environment = {**os.environ, "TMPDIR": str(scratch), "MAYFLY_MIN_FREE_BYTES": "0"}
+        done = subprocess.run([REPO / "infra/bench", "smoke"], env=environment, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
         result = json.loads(done.stdout)
         kept = REPO / "build" / f"bench-{datetime.fromisoformat(result['date']):%Y-%m-%dT%H%M%SZ}.json"
@@ -75,6 +90,46 @@ def test_overload_is_reported_with_what_was_answered_and_how_long_it_lasted(run)
     assert overload["recovery_seconds"] is None or overload["recovery_seconds"] > 0
 
 
+def test_every_target_of_an_engine_has_a_figure_and_says_whether_it_is_reached(run):
+    targets = run[0]["targets"]
+    assert len(targets) == 12
+    for target in targets:
+        assert target["figure"] > 0, target
+        assert ("at_least" in target) != ("at_most" in target), target
+        above, below = target["figure"] >= target.get("at_least", 0), target["figure"] <= target.get("at_most", float("inf"))
+        assert target["reached"] == (above and below), target
+        assert target["what"] in run[1]
+    units = [target["unit"] for target in targets]
+    assert units == sorted(units, key=lambda unit: unit != "×"), "ratios come first"
+
+
+def test_an_engine_is_measured_beside_a_second_deployment_that_starts_nothing_ahead(run):
+    result = run[0]
+    named = {(item["of"], item["to"], item["measure"]) for item in result["ratios"]}
+    assert ("mayfly select c=2", "mayfly-docker select c=2", "per_second") in named
+    assert ("mayfly-crowd create c=8", "mayfly-few create c=8", "per_second") in named
+    figures = {(item["side"], item["workload"]): item for item in result["engine"]["figures"]}
+    for workload in ("select at 70 %, paced", "select at 70 %, Poisson"):
+        assert figures["mayfly", workload]["n"] > 0
+        assert set(figures["mayfly", workload]["statuses"]) == {"200"}
+    assert result["engine"]["instances"]["few"] == 10
+
+
+def test_processor_time_and_memory_are_known_of_each_part(run):
+    engine = run[0]["engine"]
+    for parts in engine["breakdown"]["cpu_us_per_request"].values():
+        assert {"web", "launcher", "containers", "docker", "client", "rest", "machine"} == parts.keys()
+        assert all(parts[name]["us"] > 0 for name in ("containers", "client", "machine"))
+        assert parts["web"]["us"] >= 0  # of so short a window less may be spent than a tick
+    for moment in ("idle", "before", "after"):
+        memory = engine["memory"][moment]
+        parts = [memory[f"{part}_bytes"] for part in ("web", "launcher", "containers")]
+        assert memory["service_bytes"] == sum(parts)
+        assert min(parts) > 1_000_000
+        assert memory["container_cgroups_bytes"] > 0
+        assert set(memory["not_counted"]) == {"dockerd_bytes", "containerd_bytes", "shims_bytes"}
+
+
 def test_a_result_says_what_it_was_measured_on(run):
     result = run[0]
     machine = result["machine"]
@@ -96,6 +151,39 @@ def test_the_result_is_kept_beside_its_picture_and_told_as_a_table(run):
 def test_nothing_of_the_deployment_is_left(run):
     assert list(run[3].iterdir()) == []
     assert str(run[3]) not in Path("/proc/self/mounts").read_text()
+
+
+@pytest.mark.parametrize("deployments", [1, 2])
+@pytest.mark.parametrize(("number", "to_all"), [(signal.SIGTERM, False), (signal.SIGINT, True)], ids=["SIGTERM", "Ctrl-C"])
+def test_a_run_that_is_stopped_takes_its_deployments_down(scratch, number, to_all, deployments):
+    environment = {**os.environ, "TMPDIR": str(scratch), "MAYFLY_MIN_FREE_BYTES": "0", "MAYFLY_ENGINE": "docker"}
+    command = [REPO / "infra/bench", "engines"]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, **streams, process_group=0) as bench:
+        try:
+            up = (line for line in bench.stderr if line.startswith("mayfly: serving"))
+            assert len(list(islice(up, deployments))) == deployments
+            assert str(scratch) in Path("/proc/self/mounts").read_text()
+            assert len(_processes_about(scratch)) > 2 * deployments
+            # A terminal's Ctrl-C reaches every process of the foreground.
+            os.killpg(bench.pid, number) if to_all else bench.send_signal(number)
+            printed, _ = bench.communicate(timeout=120)
+        finally:
+            bench.terminate()
+    assert (bench.returncode, printed) == (128 + number, "")
+    assert list(scratch.iterdir()) == []
+    assert str(scratch) not in Path("/proc/self/mounts").read_text()
+    assert _processes_about(scratch) == []
+
+
+def _processes_about(folder: Path) -> list[str]:
+    """Command lines of all whose environment names it."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if str(folder).encode() in (process / "environ").read_bytes():
+                found.append((process / "cmdline").read_text().replace("\0", " "))
+    return found
 
 
 def test_an_unknown_mode_is_refused_before_anything_starts():

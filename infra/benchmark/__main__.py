@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
+import itertools
 import json
 import resource
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,14 +20,15 @@ import uvloop
 
 from gateway.settings import Settings
 
-from . import agents, machine, picture, report, saturation, side_by_side
+from . import agents, breakdown, deployments, engines, machine, picture, processes, report, saturation, side_by_side
+from .accounting import Accounting
 from .errors import BenchmarkError
 from .figures import Figures, Key, Ratio
 from .picture import Curve, Panel
 from .plan import PLANS, Plan
 from .saturation import UNAVAILABLE
-from .sides import CEILING, CONTAINER, CORES, DATASETTE, DOCKER, MAYFLY, neighbours, sides
-from .workloads import CREATE, INSERT, READ, SELECT
+from .sides import BLANK, CEILING, CONTAINER, CORES, DATASETTE, DOCKER, MAYFLY, neighbours, sides
+from .workloads import CREATE, INSERT, READ, ROWS, SELECT
 
 _BUILD = Path(__file__).resolve().parents[2] / "build"
 _COLOURS = {SELECT: "tab:blue", READ: "tab:green", INSERT: "tab:orange", CREATE: "tab:red"}
@@ -35,8 +40,9 @@ async def measure(mode: str, plan: Plan, settings: Settings) -> tuple[dict[str, 
     parts: dict[str, Any] = {}
     panels: list[Panel] = []
     instances = max(*plan.concurrencies, 2 * settings.slots + 1)
-    async with sides(settings, instances) as all_sides:
+    async with sides(settings, instances, ROWS if plan.rounds else 1) as all_sides:
         described = await machine.describe(settings, all_sides)
+        idle = await engines.idle_memory(settings, all_sides) if plan.engine_rounds else {}
         if plan.rounds:
             _say("side by side")
             async with neighbours(settings, max(plan.concurrencies)) as next_door:
@@ -56,6 +62,17 @@ async def measure(mode: str, plan: Plan, settings: Settings) -> tuple[dict[str, 
             ratios.extend(overload.ratios(saturation.enough(settings.slots, instances)))
             parts["saturation"] = overload.as_json()
             panels.append(_saturation_panel(overload))
+        if plan.engine_rounds:
+            _say("engine")
+            async with processes.datasette() as datasette, processes.blank() as blank:
+                engine = await engines.measure(plan, settings, all_sides, datasette, blank, idle)
+            ratios.extend(engine.ratios())
+            parts["targets"] = [target.as_json() for target in engine.targets()]
+            parts["engine"] = engine.as_json()
+            panels.extend(_engine_panels(engine.figures))
+        elif plan.breakdown:
+            accounting = Accounting(deployments.measured(settings), all_sides.docker)
+            parts["breakdown"] = await breakdown.measure(plan, all_sides.mayfly, all_sides.tokens, accounting)
     result = {
         "ratios": [ratio.as_json() for ratio in ratios],
         "mode": mode,
@@ -96,8 +113,23 @@ def _saturation_panel(result: saturation.Result) -> Panel:
     )
 
 
+def _engine_panels(figures: Figures) -> Iterator[Panel]:
+    keys = [key for key in figures.phases if key.side != BLANK]
+    for concurrency in sorted({key.concurrency for key in keys}):
+        colours = itertools.cycle(_COLOURS.values())
+        curves = [Curve(str(key), figures.samples(key), next(colours)) for key in keys if key.concurrency == concurrency]
+        yield Panel(f"concurrency {concurrency}", tuple(curves))
+
+
 def _say(text: str) -> None:
     print(f"mayfly bench: {text}", file=sys.stderr, flush=True)
+
+
+async def until_told_to_stop(work: Coroutine[Any, Any, Any]) -> Any:
+    """Cancelled by SIGTERM, so that what was started is stopped; infra/bench passes every signal on as this one."""
+    task = asyncio.ensure_future(work)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    return await task
 
 
 def main() -> int:
@@ -105,19 +137,25 @@ def main() -> int:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 8192)), hard))
     settings = Settings.from_environment()
+    settings = replace(settings, state_dir=settings.state_dir.resolve())
+    gc.freeze()  # what is loaded by now stays; a collection in the middle of a window has only the samples to look at
     try:
-        result, panels = uvloop.run(measure(mode, PLANS[mode], replace(settings, state_dir=settings.state_dir.resolve())))
+        result, panels = uvloop.run(until_told_to_stop(measure(mode, PLANS[mode], settings)))
     except BenchmarkError as error:
         _say(f"abandoned: {error}")
         return 1
+    except asyncio.CancelledError:
+        _say("told to stop")
+        return 128 + signal.SIGTERM
     text = json.dumps(result, indent=1)
     stem = _BUILD / f"bench-{datetime.fromisoformat(result['date']):%Y-%m-%dT%H%M%SZ}"
     _BUILD.mkdir(exist_ok=True)
     stem.with_suffix(".json").write_text(text + "\n")
-    picture.draw(f"Mayfly ({settings.engine} engine), {mode}, {result['date']}", panels, stem)
+    if panels:
+        picture.draw(f"Mayfly ({settings.engine} engine), {mode}, {result['date']}", panels, stem)
     print(text)
     print(report.table(result), file=sys.stderr)
-    _say(f"kept as {stem}.json .svg .png")
+    _say(f"kept as {stem}.json" + (" .svg .png" if panels else ""))
     return 0
 
 

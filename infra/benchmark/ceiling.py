@@ -12,6 +12,7 @@ import socket
 import struct
 import sys
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from time import monotonic
 
@@ -25,7 +26,8 @@ from gateway.settings import Settings
 from gateway.uuid7 import uuid7
 from gateway.web.app import build_app
 from gateway.web.appkeys import LAUNCHER, RUNS
-from gateway.web.launcher import Launcher, RunCall
+from gateway.web.errors import ApiError
+from gateway.web.launcher import Launcher
 from gateway.web.runs import Runs
 from gateway.web.server import Server
 from runner.configuration import Configuration
@@ -57,10 +59,15 @@ class InProcessLauncher(Launcher):
     async def remove(self, instance: uuid.UUID) -> None:
         self._registry.remove(instance)
 
-    def run(self, instance: uuid.UUID, passed: socket.socket) -> RunCall:
+    def run(
+        self,
+        instance: uuid.UUID,
+        passed: socket.socket,
+        started: Callable[[int], None],
+        over: Callable[[Verdict | ApiError], None],
+    ) -> None:
         loop = asyncio.get_running_loop()
-        call = RunCall(loop.create_future(), loop.create_future())
-        call.started.set_result(self._registry.find(instance).expires_at)
+        expires_at = self._registry.find(instance).expires_at
         passed.setblocking(False)
         received = bytearray()
 
@@ -68,6 +75,7 @@ class InProcessLauncher(Launcher):
             chunk = passed.recv(_CHUNK_BYTES)
             received.extend(chunk)
             if len(received) >= _LENGTH.size and len(received) == _LENGTH.size + _LENGTH.unpack_from(received)[0]:
+                started(expires_at)
                 reply = self._reply(instance, bytes(received[_LENGTH.size :]))
                 # The benchmark's replies are far smaller than a socket's buffer.
                 passed.sendall(_LENGTH.pack(len(reply)) + reply)
@@ -75,10 +83,9 @@ class InProcessLauncher(Launcher):
                 return
             loop.remove_reader(passed)
             passed.close()
-            call.ended.set_result(Verdict.EXITED)
+            over(Verdict.EXITED)
 
         loop.add_reader(passed, receive)
-        return call
 
     def _reply(self, instance: uuid.UUID, frame: bytes) -> bytes:
         deadline = monotonic() + self._configuration.deadline_ms / 1000

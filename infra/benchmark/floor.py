@@ -68,10 +68,22 @@ class Docker:
                 raise BenchmarkError(f"Docker: {method} {path}: {answer.status} {(await answer.text())[:300]}")
             return await answer.json() if answer.content_type == "application/json" else None
 
+    async def pids(self, deployment: str) -> dict[str, int]:
+        """The first process of every running container of a deployment, by the container's id."""
+        found: dict[str, int] = {}
+        for item in await self._containers(deployment):
+            async with self.http.get(f"http://docker/containers/{item['Id']}/json") as answer:
+                if answer.status == 200 and (pid := (await answer.json())["State"]["Pid"]):
+                    found[item["Id"]] = pid
+        return found
+
     async def remove_leftovers(self) -> None:
-        label = f'{{"label":["{LABEL_DEPLOYMENT}={self.deployment}"]}}'
-        for item in await self._call("GET", "/containers/json", params={"all": "1", "filters": label}):
+        for item in await self._containers(self.deployment, all="1"):
             await self._call("DELETE", f"/containers/{item['Id']}", params={"force": "1"})
+
+    async def _containers(self, deployment: str, **more: str) -> Any:
+        label = f'{{"label":["{LABEL_DEPLOYMENT}={deployment}"]}}'
+        return await self._call("GET", "/containers/json", params={"filters": label, **more})
 
 
 @asynccontextmanager

@@ -1,8 +1,10 @@
-"""Making load: so many callers that each wait for their answer (closed loop), or arrivals that wait for nobody (open loop)."""
+"""Making load: so many callers that each wait for their answer (closed loop), or arrivals that wait for nobody (open loop), on as
+many connections as it takes or on so many and no more (at a rate)."""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import random
 from collections import Counter, deque
@@ -35,13 +37,15 @@ class Phase:
     """Of all processes of the machine, per request."""
     client_cpu_seconds: float = 0.0
     """Of the load generator, per request."""
+    answers: int = 0
+    """All of them, those that opened the window and those of its end included."""
 
 
 class Window:
     """Opens when every worker has done its first, unrecorded piece of work; then runs for so many seconds."""
 
     def __init__(self, workers: int, seconds: float) -> None:
-        self._missing = workers
+        self._workers = self._missing = workers
         self._seconds = seconds
         self._opened_cpu: tuple[float, float] | None = None
         self._used_cpu: tuple[float, float] | None = None
@@ -70,7 +74,7 @@ class Window:
 
     def phase(self) -> Phase:
         """Latencies of what began in the window, throughput of what ended in it: the load is the same all through it."""
-        phase = Phase()
+        phase = Phase(answers=self._workers + len(self._records))
         for started, ended, status in self._records:
             if started >= self._begins:
                 phase.statuses[status] += 1
@@ -106,11 +110,93 @@ async def closed_loop(address: Address, orders: Sequence[Iterator[bytes]], check
     async def call(connection: Connection, order: Iterator[bytes]) -> None:
         check(await connection.ask(next(order)))
         window.warmed_up()
-        while window.is_open():
-            answer = await connection.ask(next(order))
-            window.record(answer.started, answer.ended, answer.status)
+        if not window.is_open():
+            return
+        over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def answered(answer: Answer | None) -> None:
+            if over.done():  # another caller failed, and all were cancelled
+                return
+            try:
+                if answer is None:
+                    raise ConnectionError("closed by the server")
+                window.record(answer.started, answer.ended, answer.status)
+                if window.is_open():
+                    connection.send(next(order), answered)
+                else:
+                    over.set_result(None)
+            except Exception as error:
+                over.set_exception(error)
+
+        connection.send(next(order), answered)
+        await over
 
     await all_of([call(*pair) for pair in zip(connections, orders, strict=True)], seconds + _PATIENCE_SECONDS)
+    for connection in connections:
+        connection.close()
+    return window.phase()
+
+
+def paced(per_second: float) -> Iterator[float]:
+    """Pauses between arrivals, all alike."""
+    return itertools.repeat(1 / per_second)
+
+
+def poisson(per_second: float, chance: random.Random) -> Iterator[float]:
+    """Pauses between arrivals that know nothing of each other."""
+    return iter(lambda: chance.expovariate(per_second), None)
+
+
+async def at_rate(
+    address: Address, orders: Sequence[Iterator[bytes]], pauses: Iterator[float], check: Check, seconds: float
+) -> Phase:
+    """Arrivals that wait for nobody, on one connection for each of `orders`; what finds none idle waits its turn.
+
+    A latency counts from the instant at which the request was due, so a connection that was not free flatters nobody. The first
+    answer on each connection is checked and not counted.
+    """
+    connections = [await Connection.open(address) for _ in orders]
+
+    async def warm_up(connection: Connection, order: Iterator[bytes]) -> None:
+        check(await connection.ask(next(order)))
+
+    await all_of([warm_up(*pair) for pair in zip(connections, orders, strict=True)], _PATIENCE_SECONDS)
+    loop = asyncio.get_running_loop()
+    window = Window(1, seconds)
+    waiting: deque[float | None] = deque()
+    idle: deque[asyncio.Future[float | None]] = deque()
+
+    def arrived(due: float | None) -> None:
+        if idle:
+            idle.popleft().set_result(due)
+        else:
+            waiting.append(due)
+
+    async def call(connection: Connection, order: Iterator[bytes]) -> None:
+        while True:
+            if waiting:
+                due = waiting.popleft()
+            else:
+                idle.append(turn := loop.create_future())
+                due = await turn
+            if due is None:
+                return
+            answer = await connection.ask(next(order))
+            # A timer may ring early, by less than its resolution.
+            window.record(min(due, answer.started), answer.ended, answer.status)
+
+    async def arrive() -> None:
+        window.warmed_up()
+        due = perf_counter()
+        while window.is_open():
+            due += next(pauses)
+            await asyncio.sleep(max(0.0, due - perf_counter()))
+            arrived(due)
+        for _ in orders:
+            arrived(None)
+
+    work = [call(*pair) for pair in zip(connections, orders, strict=True)]
+    await all_of([*work, arrive()], seconds + _PATIENCE_SECONDS)
     for connection in connections:
         connection.close()
     return window.phase()

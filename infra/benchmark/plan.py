@@ -30,6 +30,21 @@ class Plan:
     """The load lasts longer than `saturation`, up to this, where the queue would not fill before."""
     recovery: float = 90.0
     """Longest wait for the service to be itself again."""
+    engine_rounds: int = 0
+    """Of the engine's targets."""
+    engine_window: float = 2.0
+    rival_window: float = 3.0
+    """Of engine docker without anything started ahead: a request is a whole container."""
+    tail_window: float = 5.0
+    """At 70 % of capacity."""
+    many_requests: int = 10_000
+    """After which the service is to hold no more memory than before."""
+    crowd: int = 10_000
+    """Live instances."""
+    crowd_seconds: float = 180.0
+    """Longest time to make them in."""
+    breakdown: float = 0.0
+    """Of each window in which processor time is accounted for."""
 
 
 PLANS = {
@@ -39,6 +54,9 @@ PLANS = {
     ),
     "agents": Plan(agents=120, agent_segments=4),
     "saturation": Plan(saturation=30),
+    "engines": Plan(engine_rounds=3, breakdown=3),
+    "engines full": Plan(engine_rounds=7, engine_window=4, rival_window=4, tail_window=15, many_requests=100_000, breakdown=5),
+    "breakdown": Plan(breakdown=3),
     "smoke": Plan(
         rounds=1,
         side_by_side_budget=60,
@@ -52,5 +70,13 @@ PLANS = {
         saturation=1.5,
         saturation_limit=1.5,
         recovery=20,
+        engine_rounds=1,
+        engine_window=0.3,
+        rival_window=0.3,
+        tail_window=0.5,
+        many_requests=20,
+        crowd=50,
+        crowd_seconds=5,
+        breakdown=0.3,
     ),
 }

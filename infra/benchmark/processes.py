@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
 import sys
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 from .client import Address, Connection
+from .deployments import free_address
 from .errors import BenchmarkError
 
 _START_SECONDS = 60.0
@@ -35,9 +35,7 @@ async def ceiling(state: Path) -> AsyncIterator[Address]:
 
 @asynccontextmanager
 async def datasette() -> AsyncIterator[Address]:
-    with socket.socket() as probe:
-        probe.bind((_LOOPBACK, 0))
-        address = Address(_LOOPBACK, probe.getsockname()[1])
+    address = free_address()
     command = ["-m", "datasette", "serve", "--memory", "--host", address.host, "--port", str(address.port)]
     async with _process(command, {}, asyncio.subprocess.DEVNULL):
         for _ in range(_START_ATTEMPTS):

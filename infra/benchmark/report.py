@@ -7,7 +7,7 @@ from typing import Any
 
 from .figures import Key
 
-_COLUMNS = ("n", "p50_ms", "p99_ms", "per_second", "machine_cpu_ms_per_request")
+_COLUMNS = ("n", "p50_ms", "p99_ms", "per_second", "machine_cpu_ms_per_request", "client_cpu_us_per_request")
 
 
 def table(result: dict[str, Any]) -> str:
@@ -15,14 +15,30 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _lines(result: dict[str, Any]) -> Iterator[str]:
-    yield "ratios (median over windows measured next to each other; of p50 and p99 less is better, of per_second more)"
-    rows = [(f"{item['of']}  /  {item['to']}", item["measure"], f"{item['value']:g}") for item in result["ratios"]]
-    yield from _aligned(rows)
+    if result["ratios"]:
+        yield "ratios (median over windows measured next to each other; of p50 and p99 less is better, of per_second more)"
+        rows = [(f"{item['of']}  /  {item['to']}", item["measure"], f"{item['value']:g}") for item in result["ratios"]]
+        yield from _aligned(rows)
+    if targets := result.get("targets"):
+        yield ""
+        yield "targets"
+        yield from _aligned([("", "figure", "target", "", "reached"), *map(_target, targets)])
     for part in ("side_by_side", "agents"):
         if figures := result.get(part):
             yield ""
             yield part.replace("_", " ")
             yield from _figures(figures)
+    if engine := result.get("engine"):
+        yield ""
+        yield "engine"
+        yield from _figures(engine["figures"])
+        yield from _breakdown(engine["breakdown"])
+        yield ""
+        yield "memory, MB"
+        yield from _memory(engine["memory"])
+    if breakdown := result.get("breakdown"):
+        yield from _figures(breakdown["figures"])
+        yield from _breakdown(breakdown)
     if saturation := result.get("saturation"):
         yield ""
         yield "saturation"
@@ -44,6 +60,37 @@ def _figures(figures: Sequence[dict[str, Any]]) -> Iterator[str]:
         statuses = " ".join(f"{status}:{count}" for status, count in item["statuses"].items())
         rows.append((name, *("" if item[column] is None else f"{item[column]:g}" for column in _COLUMNS), statuses))
     yield from _aligned(rows)
+
+
+def _target(target: dict[str, Any]) -> tuple[str, ...]:
+    bound = f"≥ {target['at_least']:g}" if "at_least" in target else f"≤ {target['at_most']:g}"
+    figure = "none" if target["figure"] is None else f"{target['figure']:g}"
+    return target["what"], figure, bound, target["unit"], "yes" if target["reached"] else "NO"
+
+
+def _breakdown(breakdown: dict[str, Any]) -> Iterator[str]:
+    """One table, a column of each concurrency for all time, and for that of it in the kernel."""
+    parts = breakdown["cpu_us_per_request"]
+    names = list(dict.fromkeys(name for part in parts.values() for name in part))
+    yield ""
+    yield "processor time, µs per request"
+    rows: list[tuple[str, ...]] = [("", *(cell for about in parts for cell in (about, "user", "system")))]
+    for name in names:
+        cells = [part.get(name, {}).get(column) for part in parts.values() for column in ("us", "user_us", "system_us")]
+        rows.append((name, *("" if cell is None else f"{cell:.0f}" for cell in cells)))
+    yield from _aligned(rows)
+
+
+def _memory(memory: dict[str, Any]) -> Iterator[str]:
+    moments = ("idle", "before", "after")
+    rows: list[tuple[str, ...]] = [("", *moments)]
+    for name in ("service_bytes", "web_bytes", "launcher_bytes", "containers_bytes", "container_cgroups_bytes"):
+        rows.append((name.removesuffix("_bytes"), *(f"{memory[moment][name] / 1e6:.1f}" for moment in moments)))
+    for name in memory["idle"]["not_counted"]:
+        cells = (f"{memory[moment]['not_counted'][name] / 1e6:.1f}" for moment in moments)
+        rows.append((f"{name.removesuffix('_bytes')}, not counted", *cells))
+    yield from _aligned(rows)
+    yield f"  {memory['requests_between']} requests between before and after"
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from gateway.settings import Settings
 
-from . import floor, processes, workloads
+from . import deployments, floor, processes, workloads
 from .client import Address
 
 MAYFLY, DOCKER, CEILING, DATASETTE, BLANK = "mayfly", "docker", "ceiling", "datasette", "blank"
@@ -36,11 +36,10 @@ class Neighbours:
 
 
 @asynccontextmanager
-async def sides(settings: Settings, instances: int) -> AsyncIterator[Sides]:
-    host, _, port = settings.listen.rpartition(":")
-    mayfly = Address(host, int(port))
+async def sides(settings: Settings, instances: int, rows: int) -> AsyncIterator[Sides]:
+    mayfly = deployments.measured(settings).address
     async with floor.docker(settings, settings.state_dir / "bench" / "floor") as docker:
-        yield Sides(mayfly, await workloads.prepare(mayfly, instances), docker)
+        yield Sides(mayfly, await workloads.prepare(mayfly, instances, rows), docker)
 
 
 @asynccontextmanager

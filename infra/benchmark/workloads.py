@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator, Sequence
+from time import perf_counter
 
 from .client import Address, Answer, Connection
 from .errors import BenchmarkError
@@ -30,6 +31,7 @@ _SCHEMA = """
 """
 _PREPARED_AT_ONCE = 4
 _PREPARE_SECONDS = 120.0
+_PATIENCE_SECONDS = 60.0
 
 
 def orders(workload: str, address: Address, token: bytes, chance: random.Random) -> Iterator[bytes]:
@@ -64,22 +66,34 @@ def check(workload: str, answer: Answer) -> None:
         raise BenchmarkError(f"{workload} answered {answer.status} {answer.body[:300]!r}")
 
 
-async def prepare(address: Address, count: int) -> list[bytes]:
+async def prepare(address: Address, count: int, rows: int = ROWS) -> list[bytes]:
     """The tokens of so many new instances with the tables in them."""
-    request = address.post_sql(json.dumps({"sql": _SCHEMA, "args": [ROWS]}).encode())
-    tokens: list[bytes] = []
+    body = json.dumps({"sql": _SCHEMA, "args": [rows]}).encode()
+    tokens = await make(address, count, body, _PREPARED_AT_ONCE, _PREPARE_SECONDS)
+    if len(tokens) < count:
+        raise BenchmarkError(f"{count} instances were not prepared within {_PREPARE_SECONDS:.0f} s")
+    return tokens
 
-    async def make(share: int) -> None:
+
+async def make(address: Address, count: int, body: bytes, at_once: int, seconds: float) -> list[bytes]:
+    """The tokens of so many new instances in which `body` was run, or of fewer, if this takes longer than so many seconds."""
+    request = address.post_sql(body)
+    tokens: list[bytes] = []
+    until = perf_counter() + seconds
+
+    async def some(share: int) -> None:
         connection = await Connection.open(address)
         for _ in range(share):
+            if perf_counter() > until:
+                break
             answer = await connection.ask(request)
             if answer.status != OK:
                 raise BenchmarkError(f"an instance could not be prepared: {answer.status} {answer.body[:300]!r}")
             tokens.append(answer.token)
         connection.close()
 
-    shares = [len(range(worker, count, _PREPARED_AT_ONCE)) for worker in range(_PREPARED_AT_ONCE)]
-    await all_of([make(share) for share in shares if share], _PREPARE_SECONDS)
+    shares = [len(range(worker, count, at_once)) for worker in range(at_once)]
+    await all_of([some(share) for share in shares if share], seconds + _PATIENCE_SECONDS)
     return tokens
 
 
