@@ -9,14 +9,25 @@ from pathlib import Path
 import pytest
 
 from . import corpus  # noqa: F401 -- takes the tests' own MAYFLY_ variables out of the environment, before Settings see them
-from .deployment import Client, Deployment, client_of, deployed
+from .deployment import FASTEST, Client, Deployment, client_of, deployed
 from .launcher_harness import runner_image
 from .sealed import sealed_directory
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "engines(*names): those under which the test's deployment runs; else the fastest alone")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """HTTP, SQL and policy are the same under each engine, and a container of Docker's takes 40 times as long."""
+    if "mayfly" in metafunc.fixturenames:
+        marker = metafunc.definition.get_closest_marker("engines")
+        metafunc.parametrize("mayfly", marker.args if marker else (FASTEST,), indirect=True, scope="session")
+
+
 @pytest.fixture(scope="session")
-def mayfly() -> Iterator[Deployment]:
-    with deployed(queue_timeout_seconds="200") as deployment:
+def mayfly(request: pytest.FixtureRequest) -> Iterator[Deployment]:
+    with deployed(engine=request.param, queue_timeout_seconds="200") as deployment:
         yield deployment
 
 

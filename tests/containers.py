@@ -26,6 +26,7 @@ from gateway.settings import Settings
 
 ROOT = Path(__file__).parent.parent
 PROFILE = (ROOT / "infra" / "seccomp.json").read_text()
+SLOT_PROFILE = (ROOT / "infra" / "seccomp-slot.json").read_text()
 SEALED_TMPFS = "rw,nosuid,nodev,noexec,uid=64700,size=32m"
 
 
@@ -44,9 +45,15 @@ class Ended:
         return report
 
 
-def profile_with(*, added: tuple[str, ...] = (), removed: tuple[str, ...] = (), answered: Mapping[str, int] | None = None) -> str:
-    """The container's seccomp profile with names added, taken away, or answered with an errno."""
-    profile = json.loads(PROFILE)
+def profile_with(
+    *,
+    added: tuple[str, ...] = (),
+    removed: tuple[str, ...] = (),
+    answered: Mapping[str, int] | None = None,
+    base: str = PROFILE,
+) -> str:
+    """The container's seccomp profile, or `base`, with names added, taken away, or answered with an errno."""
+    profile = json.loads(base)
     gone = {*removed, *(answered or {}), *added}
     for entry in profile["syscalls"]:
         entry["names"] = [name for name in entry["names"] if name not in gone]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import select
 import shutil
 import signal
@@ -20,9 +21,12 @@ from typing import Any
 import aiohttp
 import docker
 
+from gateway.launcher.specification import LABEL_INSTANCE, LABEL_ROLE
+
 REPO = Path(__file__).resolve().parent.parent
 START_ONE = """
 . "$0/infra/lib.sh"
+eval "$2"
 if is_root; then export MAYFLY_WEB_UID=$(id -u $web_user); fi
 user=$1_user
 spawn "$1" "${!user}" -m "gateway.$1"
@@ -30,6 +34,19 @@ spawn "$1" "${!user}" -m "gateway.$1"
 UNLIMITED = {"MAYFLY_RATE_REQUESTS_PER_MINUTE": "0", "MAYFLY_RATE_CREATES_PER_MINUTE": "0"}
 # Nothing is started ahead unless a test is about that: a container that is seen then belongs to a request.
 COLD = {"MAYFLY_NURSERY": "0", "MAYFLY_SUCCESSORS": "0"}
+# Without root there is no engine zygote. Nothing here is left to `auto`.
+ENGINES = ("docker", "zygote") if os.getuid() == 0 else ("docker",)
+FASTEST = ENGINES[-1]
+_VOLUME = re.compile(r"/instances/([0-9a-f-]{36})/volume /data ")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one run, or what is left of it, is on the host: a container, or a child in a slot container."""
+
+    instance: str
+    pid: int
+    """0 where nothing runs."""
 
 
 @dataclass
@@ -43,7 +60,11 @@ class Deployment:
 
     def __post_init__(self) -> None:
         own = {"MAYFLY_STATE_DIR": str(self.state), "MAYFLY_LISTEN": self.address, "MAYFLY_MIN_FREE_BYTES": "0"}
-        self.environment = {**os.environ, **UNLIMITED, **COLD, **own, **self.settings}
+        self.environment = {**os.environ, "MAYFLY_ENGINE": FASTEST, **UNLIMITED, **COLD, **own, **self.settings}
+
+    @property
+    def engine(self) -> str:
+        return self.environment["MAYFLY_ENGINE"]
 
     @property
     def url(self) -> str:
@@ -57,9 +78,12 @@ class Deployment:
     def stop(self) -> None:
         subprocess.run([REPO / "infra/down"], env=self.environment, check=True, capture_output=True)
 
-    def start_one(self, name: str) -> None:
-        """`web` or `launcher` as infra/up starts it, but alone, whatever is down; the one before has to be dead."""
-        done = subprocess.run(["bash", "-c", START_ONE, REPO, name], env=self.environment, capture_output=True, text=True)
+    def start_one(self, name: str, but: str = "") -> None:
+        """`web` or `launcher` as infra/up starts it, but alone, whatever is down; the one before has to be dead.
+
+        `but` is shell that runs after infra/lib.sh, and may define one of its functions anew.
+        """
+        done = subprocess.run(["bash", "-c", START_ONE, REPO, name, but], env=self.environment, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(done.stderr)
 
@@ -108,8 +132,44 @@ class Deployment:
                     continue
             return inspected
 
+    def at_work(self) -> list[Work]:
+        """A container of an instance, in whatever state, and each slot's child from when it has its volume."""
+        found = []
+        for container in self.containers():
+            pid, labels = container["State"]["Pid"], container["Config"]["Labels"]
+            if LABEL_INSTANCE in labels:
+                found.append(Work(labels[LABEL_INSTANCE], pid))
+            elif pid:
+                found += [Work(instance, child) for child in children_of(pid) if (instance := instance_of(child))]
+        return found
+
+    def slots(self) -> dict[str, int]:
+        """The slot containers that run, by id, and the number of the zygote in each."""
+        return {item["Id"]: item["State"]["Pid"] for item in self.containers() if item["State"]["Running"] and is_slot(item)}
+
     def instances(self) -> set[str]:
         return {path.name for path in (self.state / "instances").iterdir() if not path.name.startswith(".")}
+
+
+def is_slot(container: dict[str, Any]) -> bool:
+    return container["Config"]["Labels"].get(LABEL_ROLE) == "slot"
+
+
+def children_of(pid: int) -> list[int]:
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def instance_of(pid: int) -> str | None:
+    """Whose volume the process has at /data."""
+    try:
+        mounts = Path(f"/proc/{pid}/mountinfo").read_text()
+    except OSError:
+        return None
+    found = _VOLUME.search(mounts)
+    return found[1] if found else None
 
 
 def free_address() -> str:

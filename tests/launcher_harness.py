@@ -242,13 +242,13 @@ class Client:
 class Launcher:
     """`python -m gateway.launcher` on a state folder, with settings named without MAYFLY_."""
 
-    def __init__(self, state: Path, **settings: Any) -> None:
+    def __init__(self, state: Path, checkout: Path = REPO, **settings: Any) -> None:
         self.state = state
-        self.checkout = REPO
+        self.checkout = checkout
         self.socket = state / "run" / "launcher.sock"
         self.log = state / "launcher.log"
-        # Warmth is off unless a test is about it: containers are counted here.
-        own = {"state_dir": state, "image": IMAGE, "min_free_bytes": 0, "nursery": 0, "successors": 0}
+        # Warmth is off unless a test is about it: containers are counted here. The runner that misbehaves is no zygote.
+        own = {"engine": "docker", "state_dir": state, "image": IMAGE, "min_free_bytes": 0, "nursery": 0, "successors": 0}
         self.environment = {f"MAYFLY_{name.upper()}": str(value) for name, value in {**own, **settings}.items()}
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -298,8 +298,8 @@ class Launcher:
 
 
 @asynccontextmanager
-async def launched(state: Path, **settings: Any) -> AsyncIterator[tuple[Launcher, Client]]:
-    launcher = Launcher(state, **settings)
+async def launched(state: Path, checkout: Path = REPO, **settings: Any) -> AsyncIterator[tuple[Launcher, Client]]:
+    launcher = Launcher(state, checkout, **settings)
     try:
         await launcher.start()
         client = Client(launcher.socket)

@@ -1,8 +1,9 @@
 """What "container" means: facts of the kernel, seen from the inside, the same for every engine.
 
 `FACTS` is the definition. Each fact is checked on one survey made by a probe in the runner's place, in a container that the engine
-itself made, and its control is the same check on a container without any of it, where it must fail. A second engine conforms when
-its name stands in `ENGINES`, with an adapter in tests/engines.py, and nothing here has changed.
+itself made, and its control is the same check on a container without any of it, where it must fail. An engine conforms when its
+name stands in `ENGINES`, with an adapter in tests/engines.py. `OF_A_CHILD` has what a fact means in a zygote's child, where that is
+more than in a Docker container, or where a child shows it in another way.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import os
 import socket
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +27,9 @@ from gateway.settings import Settings
 from .containers import Probes
 from .engines import ENTRY, Contained, contained
 
-ENGINES = ("docker",)
+ENGINES = ("docker", "zygote")
 NAMESPACES = ("mnt", "pid", "ipc", "uts", "net", "cgroup")
+INTERPRETER = "/usr/bin/python3.11"
 CAPABILITIES = ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
 HARMLESS_DEVICES = {"c 1:3", "c 1:5", "c 1:7", "c 1:8", "c 1:9", "c 5:0", "c 5:2"}  # null zero full random urandom tty ptmx
 FILES = {"/data/db.sqlite", "/data/db.sqlite-journal"}
@@ -70,7 +73,11 @@ def nothing_but_the_two_files_can_be_written_confined(seen: Seen) -> bool:
 
 
 def no_interface_but_lo_no_route_and_no_socket(seen: Seen) -> bool:
-    return set(seen.before["interfaces"]) <= {"lo"} and not seen.before["routes"] and seen.before["socket"] == "EPERM"
+    return lo_is_all_there_is(seen) and set(seen.before["sockets_to_be_had"].values()) == {"EPERM"}
+
+
+def lo_is_all_there_is(seen: Seen) -> bool:
+    return set(seen.before["interfaces"]) <= {"lo"} and not seen.before["routes"]
 
 
 def no_capability_in_any_set(seen: Seen) -> bool:
@@ -88,8 +95,9 @@ def a_filter_of_the_container_and_one_of_the_runner(seen: Seen) -> bool:
 
 
 def landlock_is_in_force(seen: Seen) -> bool:
-    """The file opened before, so nothing but the confinement closes it."""
-    return (seen.before["elsewhere"], seen.after["elsewhere"], seen.after["process_folder"]) == ("done", "EACCES", "EACCES")
+    """What opened before, nothing but the confinement closes."""
+    paths = (INTERPRETER, "/proc/self/mountinfo", "/")
+    return {seen.before[path] for path in paths} == {"done"} and {seen.after[path] for path in paths} == {"EACCES"}
 
 
 def memory_is_limited_and_there_is_no_swap(seen: Seen) -> bool:
@@ -140,6 +148,11 @@ def three_descriptors_and_no_more(seen: Seen) -> bool:
     return seen.before["descriptors"] == seen.after["descriptors"] == [0, 1, 2]
 
 
+def standard_error_leads_nowhere(seen: Seen) -> bool:
+    """Else it would be a way to fill the host's disk, or a thing that two requests of a slot have in common."""
+    return bool(seen.after["standard_error"] == "c 1:3")
+
+
 def no_other_process_is_visible(seen: Seen) -> bool:
     return seen.before["processes"] == [1] == [int(seen.before["status"]["Pid"])]
 
@@ -166,6 +179,49 @@ def the_user_is_nobody_in_particular(seen: Seen) -> bool:
     return identities == {"64700"}
 
 
+# --- what differs in a zygote's child
+
+
+def its_root_is_empty_and_read_only(seen: Seen) -> bool:
+    options = {mount["point"]: mount["options"] for mount in seen.before["mounts"]}
+    sealed = {"ro", "nosuid", "nodev", "noexec"} <= {*options["/"]}
+    return sealed and options.keys() == {"/", "/data"} and seen.before["root"] == ["data"]
+
+
+def nothing_of_the_image_can_be_opened(seen: Seen) -> bool:
+    gone = {seen.before[path] for path in (INTERPRETER, "/proc/self/mountinfo")} == {"ENOENT"}
+    return gone and seen.before["paths"] == ["/", *sorted(FILES)]
+
+
+def no_interface_but_lo_no_route_and_no_socket_but_a_local_one(seen: Seen) -> bool:
+    """The zygote connects to the launcher, so the slot's profile allows AF_UNIX; the child's own filter allows none."""
+    return lo_is_all_there_is(seen) and seen.before["sockets_to_be_had"] == {"AF_UNIX": "done", "AF_INET": "EPERM"}
+
+
+def landlock_closes_the_root(seen: Seen) -> bool:
+    """In an empty root there is not much more for it to close."""
+    return (seen.before["/"], seen.after["/"]) == ("done", "EACCES")
+
+
+def its_environment_is_empty(seen: Seen) -> bool:
+    return bool(seen.before["environment"] == {})
+
+
+def it_is_alone_in_its_pid_namespace(seen: Seen) -> bool:
+    """As the host sees it; the child has nothing to look with. Its number is 1 there, and another in the slot."""
+    *outside, own = seen.before["status"]["NSpid"].split()
+    return seen.before["processes"] == [1] == [int(own)] and len(outside) == 2
+
+
+def there_is_no_device(seen: Seen) -> bool:
+    return not seen.before["devices"]
+
+
+def it_is_nobody_even_to_itself(seen: Seen) -> bool:
+    """Its user namespace maps no user, so it can name none; to the host it is the runner's."""
+    return the_user_is_nobody_in_particular(seen) and seen.before["identity"] == [65534]
+
+
 FACTS: dict[str, Callable[[Seen], bool]] = {f"own_{kind}_namespace": own_namespace(kind) for kind in NAMESPACES} | {
     fact.__name__: fact
     for fact in (
@@ -185,6 +241,7 @@ FACTS: dict[str, Callable[[Seen], bool]] = {f"own_{kind}_namespace": own_namespa
         the_environment_is_the_configuration_alone,
         environment_and_command_line_hold_nothing_secret,
         three_descriptors_and_no_more,
+        standard_error_leads_nowhere,
         no_other_process_is_visible,
         no_device_but_the_harmless,
         no_socket_in_the_file_system,
@@ -193,32 +250,49 @@ FACTS: dict[str, Callable[[Seen], bool]] = {f"own_{kind}_namespace": own_namespa
         the_user_is_nobody_in_particular,
     )
 }
+OF_A_CHILD: dict[str, Callable[[Seen], bool]] = {
+    "own_user_namespace": own_namespace("user"),
+    "nothing_of_the_image_can_be_opened": nothing_of_the_image_can_be_opened,
+    root_is_read_only.__name__: its_root_is_empty_and_read_only,
+    no_interface_but_lo_no_route_and_no_socket.__name__: no_interface_but_lo_no_route_and_no_socket_but_a_local_one,
+    landlock_is_in_force.__name__: landlock_closes_the_root,
+    the_environment_is_the_configuration_alone.__name__: its_environment_is_empty,
+    no_other_process_is_visible.__name__: it_is_alone_in_its_pid_namespace,
+    no_device_but_the_harmless.__name__: there_is_no_device,
+    the_user_is_nobody_in_particular.__name__: it_is_nobody_even_to_itself,
+}
+FACTS_OF = {"docker": FACTS, "zygote": FACTS | OF_A_CHILD}
+SHOWN = [(name, fact) for name in ENGINES for fact in FACTS_OF[name]]
 
 
 # --- the two containers
 
 
 def namespaces_here() -> dict[str, str]:
-    return {kind: os.readlink(f"/proc/self/ns/{kind}") for kind in NAMESPACES}
-
-
-@pytest.fixture(scope="module", params=ENGINES)
-def engine(request: pytest.FixtureRequest) -> Iterator[tuple[Contained, Probes]]:
-    with contained(request.param) as both:
-        yield both
+    return {kind: os.readlink(f"/proc/self/ns/{kind}") for kind in (*NAMESPACES, "user")}
 
 
 @pytest.fixture(scope="module")
-async def seen(engine: tuple[Contained, Probes]) -> Seen:
-    here, _ = engine
-    report = (await here.run({"do": "survey", "confine": True})).report
-    return Seen(report["before"], report["after"], namespaces_here(), here.settings)
+def grounds() -> Iterator[dict[str, tuple[Contained, Probes]]]:
+    with ExitStack() as stack:
+        yield {name: stack.enter_context(contained(name)) for name in ENGINES}
+
+
+@pytest.fixture
+def engine(request: pytest.FixtureRequest, grounds: dict[str, tuple[Contained, Probes]]) -> Contained:
+    here, _ = grounds[request.param]
+    return here
 
 
 @pytest.fixture(scope="module")
-async def exposed(engine: tuple[Contained, Probes]) -> Seen:
+async def seen(grounds: dict[str, tuple[Contained, Probes]]) -> dict[str, Seen]:
+    return {name: Seen(*await here.survey(), namespaces_here(), here.settings) for name, (here, _) in grounds.items()}
+
+
+@pytest.fixture(scope="module")
+async def exposed(grounds: dict[str, tuple[Contained, Probes]]) -> Seen:
     """The same survey where nothing is in force: root, the host's namespaces, Docker's socket, a secret, no limit, no filter."""
-    here, probes = engine
+    here, probes = grounds["docker"]
     report = await asyncio.to_thread(survey_without_any_layer, probes, here.settings)
     # Docker can share every namespace but the mount namespace; that comparison is made with itself.
     host = namespaces_here() | {"mnt": report["before"]["namespaces"]["mnt"]}
@@ -266,56 +340,56 @@ def survey_without_any_layer(probes: Probes, settings: Settings) -> dict[str, An
     return report
 
 
-@pytest.mark.parametrize("fact", FACTS)
-async def test_a_container_shows_the_fact(seen: Seen, fact: str) -> None:
-    assert FACTS[fact](seen), json.dumps({"before": seen.before, "after": seen.after}, indent=1)
+@pytest.mark.parametrize(("name", "fact"), SHOWN)
+def test_a_container_shows_the_fact(seen: dict[str, Seen], name: str, fact: str) -> None:
+    found = seen[name]
+    assert FACTS_OF[name][fact](found), json.dumps({"before": found.before, "after": found.after}, indent=1)
 
 
-@pytest.mark.parametrize("fact", FACTS)
-async def test_the_fact_is_not_seen_where_its_layer_is_not(exposed: Seen, fact: str) -> None:
-    assert not FACTS[fact](exposed)
+@pytest.mark.parametrize(("name", "fact"), SHOWN)
+def test_the_fact_is_not_seen_where_its_layer_is_not(exposed: Seen, name: str, fact: str) -> None:
+    assert not FACTS_OF[name][fact](exposed)
 
 
 # --- limits by their effect
 
+every_engine = pytest.mark.parametrize("engine", ENGINES, indirect=True)
 
-async def test_memory_past_the_limit_ends_the_container_and_the_engine_says_so(engine: tuple[Contained, Probes]) -> None:
-    here, _ = engine
+
+@every_engine
+async def test_memory_past_the_limit_ends_the_container_and_the_engine_says_so(engine: Contained) -> None:
     order = {"do": "eat", "mebibytes": 96}
-    assert (await here.run(order, container_memory_bytes=64 << 20)).verdict is Verdict.OUT_OF_MEMORY
-    assert (await here.run(order, container_memory_bytes=256 << 20)).report == {"mebibytes": 96}
+    assert (await engine.run(order, container_memory_bytes=64 << 20)).verdict is Verdict.OUT_OF_MEMORY
+    assert (await engine.run(order, container_memory_bytes=256 << 20)).report == {"mebibytes": 96}
 
 
-async def test_processes_past_the_limit_do_not_start(engine: tuple[Contained, Probes]) -> None:
-    here, _ = engine
+@every_engine
+async def test_processes_past_the_limit_do_not_start(engine: Contained) -> None:
     order = {"do": "multiply", "most": 40}
-    few = (await here.run(order)).report
-    assert 2 <= few["threads"] <= here.settings.container_pids
+    few = (await engine.run(order)).report
+    assert 2 <= few["threads"] <= engine.settings.container_pids
     assert few["fork"] == "EPERM"  # the profile lets threads start, and no process
-    assert (await here.run(order, container_pids=64)).report["threads"] == 41
+    assert (await engine.run(order, container_pids=64)).report["threads"] == 41
 
 
-async def test_a_share_of_a_processor_is_all_there_is(engine: tuple[Contained, Probes]) -> None:
-    here, _ = engine
+@every_engine
+async def test_a_share_of_a_processor_is_all_there_is(engine: Contained) -> None:
     order = {"do": "burn", "seconds": 1.0}
-    slow = (await here.run(order, container_cpus=0.05)).report["share"]
-    free = (await here.run(order, container_cpus=1.0)).report["share"]
+    slow = (await engine.run(order, container_cpus=0.05)).report["share"]
+    free = (await engine.run(order, container_cpus=1.0)).report["share"]
     assert slow < 0.1
     assert slow < free
 
 
-async def test_a_run_past_its_deadline_is_killed_from_outside(engine: tuple[Contained, Probes]) -> None:
-    here, _ = engine
-    ended = await here.run({"do": "burn", "seconds": 600}, deadline_seconds=0.5, grace_seconds=0.2)
+@every_engine
+async def test_a_run_past_its_deadline_is_killed_from_outside(engine: Contained) -> None:
+    ended = await engine.run({"do": "burn", "seconds": 600}, deadline_seconds=0.5, grace_seconds=0.2)
     assert (ended.verdict, ended.output) == (Verdict.DEADLINE, b"")
 
 
-async def test_each_container_is_another(engine: tuple[Contained, Probes]) -> None:
-    """Nothing of one container is met in the next, though both serve the same instance."""
-    here, _ = engine
-    instance, _ = here.new_volume()
-    runs = await asyncio.gather(
-        *(here.run({"do": "survey", "confine": True}, instance=i) for i in (instance, here.new_volume()[0]))
-    )
-    namespaces = [run.report["before"]["namespaces"] for run in runs]
+@every_engine
+async def test_each_container_is_another(engine: Contained) -> None:
+    """Two at the same time; two of one slot, one after the other, are in test_zygote_child."""
+    surveys = await asyncio.gather(engine.survey(), engine.survey())
+    namespaces = [before["namespaces"] for before, _ in surveys]
     assert all(namespaces[0][kind] != namespaces[1][kind] for kind in NAMESPACES)

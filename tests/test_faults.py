@@ -4,24 +4,36 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import signal
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import docker
 import pytest
 
 from .conftest import eventually
-from .deployment import Client, Deployment, assert_error, client_of, deployed
+from .deployment import ENGINES, Client, Deployment, Work, assert_error, client_of, deployed
 
 ENDLESS = "WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n+1 FROM c) SELECT count(*) FROM c"
 
 
-async def running_container(mayfly: Deployment) -> str:
+under_each_engine = pytest.mark.engines(*ENGINES)
+each_engine = pytest.mark.parametrize("engine", ENGINES)
+
+
+async def at_work(mayfly: Deployment) -> Work:
+    """The first run that is seen."""
     while True:
-        for item in await asyncio.to_thread(mayfly.containers):
-            if item["State"]["Running"]:
-                return item["Id"]
+        for work in await asyncio.to_thread(mayfly.at_work):
+            if work.pid:
+                return work
+
+
+async def nothing_at_work(mayfly: Deployment) -> None:
+    await asyncio.to_thread(eventually, lambda: not mayfly.at_work())
 
 
 async def serves_again(client: Client) -> None:
@@ -33,35 +45,43 @@ async def serves_again(client: Client) -> None:
     await asyncio.wait_for(asking(), 30)
 
 
-async def test_a_container_killed_under_its_request_is_a_500_and_the_next_request_works(mayfly, client):
+@under_each_engine
+async def test_a_runner_killed_under_its_request_is_a_500_and_the_next_request_works(mayfly, client):
     await client.rows("SELECT 1")
-    eventually(lambda: not mayfly.containers())
+    await nothing_at_work(mayfly)
     busy = asyncio.create_task(client.sql(ENDLESS))
-    container = await running_container(mayfly)
-    with mayfly.docker() as daemon:
-        daemon.kill(container)
+    os.kill((await at_work(mayfly)).pid, signal.SIGKILL)
     assert_error(await busy, 500, "runner_failed")
     assert await client.rows("SELECT 2") == [[2]]
-    eventually(lambda: not mayfly.containers())
+    await nothing_at_work(mayfly)
 
 
-async def test_a_caller_who_hangs_up_leaves_no_container_and_no_lease_behind(mayfly, client):
-    await client.rows("SELECT 1")
-    eventually(lambda: not mayfly.containers())
-    busy = asyncio.create_task(client.sql(ENDLESS))
-    await running_container(mayfly)
-    busy.cancel()
-    eventually(lambda: not mayfly.containers())
-    assert await client.rows("SELECT 2") == [[2]]
+@pytest.fixture(scope="module", params=ENGINES)
+def unhurried(request: pytest.FixtureRequest) -> Iterator[Deployment]:
+    """What ends in here before its deadline was ended."""
+    with deployed(engine=request.param, deadline_seconds="600") as deployment:
+        yield deployment
+
+
+async def test_a_caller_who_hangs_up_leaves_no_runner_and_no_lease_behind(unhurried):
+    async with client_of(unhurried) as client:
+        await client.rows("SELECT 1")
+        await nothing_at_work(unhurried)
+        busy = asyncio.create_task(client.sql(ENDLESS))
+        await at_work(unhurried)
+        busy.cancel()
+        await nothing_at_work(unhurried)
+        assert await client.rows("SELECT 2") == [[2]]
 
 
 async def test_a_missing_image_is_a_503_and_heals_when_it_is_back():
+    """Under engine docker, whose every request needs it; test_zygote_service has what standing slots make of it."""
     with contextlib.closing(docker.from_env()) as daemon:
         daemon.images.get("mayfly-runner:latest").tag("mayfly-fault:latest")
-        with deployed(image="mayfly-fault:latest") as mayfly:
+        with deployed(engine="docker", image="mayfly-fault:latest") as mayfly:
             async with client_of(mayfly) as client:
                 await client.rows("SELECT 1")
-                eventually(lambda: not mayfly.containers())
+                await nothing_at_work(mayfly)
                 daemon.images.remove("mayfly-fault:latest")
                 assert_error(await client.sql("SELECT 1"), 503, "image_missing")
                 daemon.images.get("mayfly-runner:latest").tag("mayfly-fault:latest")
@@ -69,8 +89,10 @@ async def test_a_missing_image_is_a_503_and_heals_when_it_is_back():
         daemon.images.remove("mayfly-fault:latest")
 
 
-async def test_a_runner_that_the_kernel_kills_for_memory_is_the_callers_error():
-    with deployed(heap_bytes=str(1 << 30), container_memory_bytes=str(48 << 20), limit_length=str(10**9)) as mayfly:
+@each_engine
+async def test_a_runner_that_the_kernel_kills_for_memory_is_the_callers_error(engine):
+    room = {"heap_bytes": 1 << 30, "container_memory_bytes": 48 << 20, "limit_length": 10**9}
+    with deployed(engine=engine, **{name: str(value) for name, value in room.items()}) as mayfly:
         async with client_of(mayfly) as client:
             hungry = (
                 "WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n+1 FROM c LIMIT 1000)"
@@ -78,9 +100,10 @@ async def test_a_runner_that_the_kernel_kills_for_memory_is_the_callers_error():
             )
             assert_error(await client.sql(hungry), 400, "memory_limit", "invalid sql: out of memory")
             assert await client.rows("SELECT 2") == [[2]]
-            eventually(lambda: not mayfly.containers())
+            await nothing_at_work(mayfly)
 
 
+@under_each_engine
 async def test_M17_sqlites_own_memory_is_bounded_before_the_kernel_has_to_kill(client):
     hungry = (
         "WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n+1 FROM c LIMIT 100000) SELECT n, randomblob(1000) r FROM c ORDER BY r"
@@ -97,8 +120,9 @@ def small_disk():
     folder.rmdir()
 
 
-async def test_a_full_disk_refuses_writes_and_creates_and_loses_nothing(small_disk):
-    with deployed(small_disk) as mayfly:
+@each_engine
+async def test_a_full_disk_refuses_writes_and_creates_and_loses_nothing(small_disk, engine):
+    with deployed(small_disk, engine=engine) as mayfly:
         async with client_of(mayfly) as client:
             assert (await client.sql("CREATE TABLE t(x); INSERT INTO t VALUES (1)")).status == 200
             ballast = small_disk / "operator" / "ballast"
@@ -127,8 +151,9 @@ async def test_creates_are_refused_below_the_low_water_mark_while_old_instances_
             assert not full.instances()
 
 
-async def test_a_dead_launcher_is_a_503_and_heals(client):
-    with deployed() as mayfly:
+@each_engine
+async def test_a_dead_launcher_is_a_503_and_heals(engine):
+    with deployed(engine=engine) as mayfly:
         async with client_of(mayfly) as own:
             await own.rows("SELECT 1")
             mayfly.kill("launcher")

@@ -17,7 +17,7 @@ from gateway.protocol import Verdict
 
 from .conftest import eventually
 from .containers import Probes
-from .deployment import Answer, Client, Deployment, assert_error, client_of, deployed
+from .deployment import ENGINES, Answer, Client, Deployment, assert_error, client_of, deployed
 from .engines import Contained, contained
 from .exploits.tampering import folder_of
 
@@ -149,10 +149,10 @@ PROCESSOR = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def patient() -> Iterator[Deployment]:
+@pytest.fixture(scope="module", params=ENGINES)
+def patient(request: pytest.FixtureRequest) -> Iterator[Deployment]:
     """The limits of production but for the deadline: on a slow machine too it is the limit that ends a bomb, not the clock."""
-    with deployed(deadline_seconds="30") as deployment:
+    with deployed(engine=request.param, deadline_seconds="30") as deployment:
         yield deployment
 
 
@@ -242,12 +242,13 @@ async def test_the_disk_bomb_goes_off_where_the_quota_is_far_away(roomy: Deploym
 # --- twenty at once
 
 
-async def test_M3_twenty_bombs_at_once_each_end_and_another_tenant_is_served_correctly_meanwhile() -> None:
+@pytest.mark.parametrize("engine", ENGINES)
+async def test_M3_twenty_bombs_at_once_each_end_and_another_tenant_is_served_correctly_meanwhile(engine: str) -> None:
     bombs = {**PROCESSOR, **{name: MEMORY[name] for name in ("a sort", "a temporary table", "savepoints", "distinct values")}}
     bombs |= {name: DISK[name] for name in ("rows", "a full-text index", "a transaction that is rolled back")}
     assert len(bombs) == 20
     # The wait for a slot is as long as it takes here: whether twenty requests fit in a queue of thirty seconds is not the question.
-    with deployed(queue_timeout_seconds="300") as mayfly:
+    with deployed(engine=engine, queue_timeout_seconds="300") as mayfly:
         async with client_of(mayfly) as neighbour:
             callers = {name: neighbour.another() for name in bombs}
             await asyncio.gather(*(prepare(callers[name], bomb) for name, bomb in bombs.items()))
@@ -263,10 +264,17 @@ async def test_M3_twenty_bombs_at_once_each_end_and_another_tenant_is_served_cor
                     assert_documented(bomb, answer)
             survivors = await asyncio.gather(*(caller.rows("SELECT 'still here'") for caller in callers.values()))
             assert survivors == [[["still here"]]] * 20
-            eventually(lambda: not mayfly.containers())
+            eventually(lambda: not mayfly.at_work())
 
 
 # --- native code
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def here(request: pytest.FixtureRequest) -> Iterator[Contained]:
+    """What native code can do in a container of either engine."""
+    with contained(request.param) as (container, _):
+        yield container
 
 
 @pytest.fixture(scope="module")
@@ -276,8 +284,7 @@ def docker() -> Iterator[tuple[Contained, Probes]]:
 
 
 @pytest.mark.parametrize("confine", [False, True], ids=["before confinement", "after confinement"])
-async def test_native_code_fills_two_files_and_no_more(docker: tuple[Contained, Probes], confine: bool) -> None:
-    here, _ = docker
+async def test_native_code_fills_two_files_and_no_more(here: Contained, confine: bool) -> None:
     instance, volume = here.new_volume()
     attack = asyncio.create_task(here.run({"do": "attack", "attacks": ["fill_both_files"], "confine": confine}, instance=instance))
     most = 0
@@ -288,8 +295,7 @@ async def test_native_code_fills_two_files_and_no_more(docker: tuple[Contained, 
 
 
 @pytest.mark.parametrize("confine", [False, True], ids=["before confinement", "after confinement"])
-async def test_no_file_can_claim_a_size_beyond_the_quota(docker: tuple[Contained, Probes], confine: bool) -> None:
-    here, _ = docker
+async def test_no_file_can_claim_a_size_beyond_the_quota(here: Contained, confine: bool) -> None:
     instance, volume = here.new_volume()
     attacks = ["write_far_out", "seek_far_out", "truncate_far_out", "truncate_to_the_last_byte"]
     report = (await here.run({"do": "attack", "attacks": attacks, "confine": confine}, instance=instance)).report
@@ -318,7 +324,6 @@ def test_a_fork_bomb_ends_at_the_limit_of_processes(docker: tuple[Contained, Pro
     assert limited == {"processes": 16, "refused": "EAGAIN"}
 
 
-async def test_a_bomb_that_outlives_every_timer_of_the_runner_is_killed_from_outside(docker: tuple[Contained, Probes]) -> None:
-    here, _ = docker
+async def test_a_bomb_that_outlives_every_timer_of_the_runner_is_killed_from_outside(here: Contained) -> None:
     run = await here.run({"do": "burn", "seconds": 600}, deadline_seconds=0.3, grace_seconds=0.1)
     assert run.verdict is Verdict.DEADLINE

@@ -1,18 +1,25 @@
-"""infra/seccomp.json and the runner's filter, compared with what a process can really call and with libseccomp's numbers."""
+"""The containers' seccomp profiles and the runner's filter, compared with what a process can really call and with libseccomp."""
 
 from __future__ import annotations
 
 import ctypes
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import docker.errors
 import pytest
 
+from gateway.launcher.errors import RefusedError
+from gateway.protocol import Verdict
+from gateway.settings import Settings
 from runner import syscalls
 
-from .containers import PROFILE, Probes, probes_beside_the_runner, profile_with
+from .containers import PROFILE, SLOT_PROFILE, Probes, probes_beside_the_runner, profile_with
+from .engines import Contained, contained
+from .launcher_harness import frame, unframe
+from .probes.looks import parse_status, read
 
 MACHINE = syscalls.machine()
 FOR_CHILDREN = ("wait4", "clone")  # what the survey needs beyond the profile: each call is tried in a child
@@ -111,6 +118,41 @@ def test_i386_calls_do_not_exist_in_the_container(probes: Probes) -> None:
 def test_without_a_name_of_the_profile_no_runner_starts(probes: Probes, name: str) -> None:
     assert starts(probes, PROFILE)
     assert not starts(probes, profile_with(removed=(name,)))
+
+
+@pytest.fixture(scope="module")
+def slots() -> Iterator[Contained]:
+    with contained("zygote", image=Settings.from_environment().image) as (found, _):
+        yield found
+
+
+def only_in_a_slot() -> list[str]:
+    return [name for entry in json.loads(SLOT_PROFILE)["syscalls"] for name in entry["names"] if name not in allowed_names()]
+
+
+@pytest.mark.parametrize("name", ["nothing", *only_in_a_slot()])
+async def test_without_a_name_of_the_slots_profile_no_zygote_serves(slots: Contained, name: str) -> None:
+    assert await serves(slots, profile_with(removed=(name,), base=SLOT_PROFILE)) is (name == "nothing")
+
+
+async def serves(slots: Contained, profile: str) -> bool:
+    """A request is answered and its process reaped; the next is killed past its deadline."""
+    try:
+        async with slots.open(profile=profile, deadline_seconds=0.5, grace_seconds=0.2) as slot:
+            answered = await slot.run(frame(v=1, sql="SELECT 1", args=None, int64="number"))
+            if answered.verdict is not Verdict.EXITED or not answered.output or unframe(answered.output)["verdict"] != "ok":
+                return False
+            zygote = slot.zygote()
+            if zombies(zygote):
+                return False
+            return (await slot.run(b"")).verdict is Verdict.DEADLINE and Path(f"/proc/{zygote}").exists()
+    except RefusedError:
+        return False
+
+
+def zombies(zygote: int) -> list[str]:
+    children = Path(f"/proc/{zygote}/task/{zygote}/children").read_text().split()
+    return [child for child in children if parse_status(read(f"/proc/{child}/status"))["State"].startswith("Z")]
 
 
 def starts(probes: Probes, profile: str) -> bool:

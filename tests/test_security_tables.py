@@ -10,7 +10,7 @@ from pathlib import Path
 import apsw
 
 from gateway.settings import Settings
-from runner import policy, syscalls
+from runner import child, policy, syscalls, zygote
 
 REPO = Path(__file__).resolve().parent.parent
 PAGE = REPO / "docs" / "security.md"
@@ -29,7 +29,8 @@ def page() -> str:
     limits = [
         (item.name.removeprefix("limit_").upper(), item.default) for item in fields(Settings) if item.name.startswith("limit_")
     ]
-    profile = json.loads((REPO / "infra" / "seccomp.json").read_text())["syscalls"]
+    profile, slot = (json.loads((REPO / "infra" / name).read_text())["syscalls"] for name in ("seccomp.json", "seccomp-slot.json"))
+    of_a_slot = [group for group in slot if group["action"] == "SCMP_ACT_ALLOW" and group not in profile]
     return f"""# The runner's tables
 
 What SQL and native code can do in a runner, from the tables that the code itself reads; `tests/test_security_tables.py` keeps
@@ -80,6 +81,17 @@ Any other ends the process. Arguments are checked of {names(sorted(syscalls.ARGU
 Before confinement the container's profile, `infra/seccomp.json`, allows these:
 
 {table(("allowed in the container", "reason"), *((names(group["names"]), group["comment"]) for group in profile))}
+
+Under `MAYFLY_ENGINE=zygote` the container is the zygote's slot, and `infra/seccomp-slot.json` allows these besides. A child has
+them until its own filter takes them, which is before it reads a byte of the request.
+
+{table(("allowed in a slot", "reason"), *((names(group["names"]), group["comment"]) for group in of_a_slot))}
+
+## A zygote's child
+
+It is cloned with every capability over namespaces of its own, and with none over anything else. These steps, in this order, stand
+between that and the request: {names(name for name, _ in child.STEPS)}. Before it, once, its zygote has taken these:
+{names(name for name, _ in zygote.STEPS)}.
 """
 
 

@@ -70,7 +70,7 @@ async def test_a_first_request_and_the_next_one_find_containers_that_were_starte
 
 
 async def test_fifty_requests_are_fifty_containers_each_with_its_own_volume_and_nothing_is_left(state):
-    async with launched(state, nursery=2, successors=3) as (launcher, client):
+    async with launched(state, nursery=2, successors=3, log_level="DEBUG") as (launcher, client):
         await warm(client, nursery=2)
         instances = [await client.create() for _ in range(5)]
         seen = []
@@ -310,7 +310,7 @@ async def counts(client):
 
 
 async def test_callers_over_http_find_warm_containers_and_an_idle_deployment_holds_exactly_those():
-    with deployed(nursery="2", successors="3") as mayfly:
+    with deployed(engine="docker", nursery="2", successors="3", log_level="DEBUG") as mayfly:
 
         def idle(successors):
             return lambda: len(mayfly.containers()) == 2 + successors

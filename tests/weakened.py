@@ -1,5 +1,7 @@
 """Containers in which nothing stands in an attack's way, and the same with chosen layers put back as production has them.
 
+A zygote's child is never root, so there is no such container of it; what an attack is after is the runner's user's there.
+
 `WEAKENINGS` says how each layer of the container is taken away. What a run keeps comes from the launcher's own specification, so
 that a layer lost there is lost here too. The runner's layers are named as in runner.confine.STEPS and runner.database.STEPS.
 
@@ -12,6 +14,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import socket
 import sqlite3
@@ -26,13 +29,15 @@ from pathlib import Path
 from typing import Any
 
 from gateway.launcher.registry import Registry
-from gateway.launcher.specification import container_specification
+from gateway.launcher.specification import RUNNER_UID, container_specification
 from gateway.launcher.state import prepare_folders
 from gateway.protocol import Status
 from gateway.settings import Settings
 from gateway.uuid7 import uuid7
+from runner.confine import FILES
 
 from .containers import PROFILE, ROOT, Ended, Probes, probes_beside_the_runner
+from .engines import ENTRIES, Change, Contained, leaving_out
 from .launcher_harness import launched
 from .sealed import sealed_directory
 
@@ -50,6 +55,11 @@ WEAKENINGS: Mapping[str, Mapping[str, Any]] = {
     "ulimits": {"host": {"Ulimits": []}},
 }
 
+OF_A_SLOT = ("profile", "network", "cgroup", "ulimits")
+"""The weakenings under which a zygote still works, if it does not look."""
+OF_A_ZYGOTE = ("process", "limits", "empty root", "read-only root")
+"""What a probe's zygote can do without: names from runner.zygote.STEPS, or what probes/clone.py calls them."""
+
 
 @dataclass(frozen=True, slots=True)
 class Ground:
@@ -63,6 +73,8 @@ class Ground:
     """An instance whose database holds "content"."""
     host: Path
     """A folder with `secret.sqlite`, a database that its owner alone may read."""
+    open: Path
+    """The like of `instances` and `host`, for everybody to read."""
     port: int
     """Of the host's loopback: says "content" to whoever connects."""
 
@@ -78,6 +90,9 @@ class Ground:
             "instances": (self.instances, "/instances"),
             "host's folder": (self.host, "/host"),
             "host's passwd": (Path("/etc/passwd"), "/etc/passwd"),
+            "open instances": (self.open / "instances", "/instances"),
+            "open host's folder": (self.open / "host", "/host"),
+            "open host's passwd": (Path("/etc/passwd"), "/etc/passwd"),
         }[name]
         return [{"Type": "bind", "Source": str(source), "Target": target, "ReadOnly": True}]
 
@@ -107,6 +122,38 @@ class Ground:
         assert replies[-1].status is Status.ENDED
         return json.loads(output)["outcome"] if output else replies[-1].verdict.name
 
+    def weaker_slot(self, image: str, keeps: Iterable[str], mounts: Iterable[str]) -> Change:
+        """A slot that keeps the named layers, of OF_A_SLOT and OF_A_ZYGOTE, and has the named mounts besides its own."""
+
+        def change(body: dict[str, Any]) -> dict[str, Any]:
+            host, top = dict(body["HostConfig"]), {}
+            for layer in {*OF_A_SLOT} - {*keeps}:
+                host |= WEAKENINGS[layer].get("host", {})
+                top |= WEAKENINGS[layer].get("top", {})
+            if "profile" not in keeps:
+                host["SecurityOpt"] = ["no-new-privileges", "seccomp=unconfined"]
+            host["Mounts"] = [*host["Mounts"], *(mount for name in mounts for mount in self.mount(f"open {name}"))]
+            told = leaving_out(*({*OF_A_ZYGOTE} - {*keeps}))
+            environment = [*body["Env"], *(f"{name}={value}" for name, value in told.items())]
+            own = {"Image": self.images[image].image, "Entrypoint": ENTRIES["zygote"], "Env": environment, "HostConfig": host}
+            return body | top | own
+
+        return change
+
+    async def run_in_a_child(
+        self, here: Contained, image: str, order: Mapping[str, Any], keeps: Iterable[str], mounts: Iterable[str], **settings: Any
+    ) -> Any:
+        """As `run`, by a zygote's child, on a volume that is its user's own; the verdict's name where there is no report."""
+        settings = {"deadline_seconds": 60.0, **settings}
+        with tempfile.TemporaryDirectory(prefix="mayfly-volume-") as name:
+            volume = Path(name)
+            for path in (volume, *(volume / path.rpartition("/")[2] for path in FILES)):
+                path.touch()
+                os.chown(path, RUNNER_UID, RUNNER_UID)
+            async with here.open(self.weaker_slot(image, keeps, mounts), sealed=False, **settings) as slot:
+                run = await slot.run({"do": "layer", **order}, volume=volume)
+        return run.report["outcome"] if run.output else run.verdict.name
+
 
 def outcome_of(ended: Ended) -> Any:
     if ended.exit_code > 128:
@@ -128,7 +175,12 @@ def ground() -> Iterator[Ground]:
         host = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mayfly-host-")))
         host.chmod(0o755)
         write_secret(host / "secret.sqlite")
-        yield Ground(images, state / "instances", registry, other, host, stack.enter_context(talkative_port()))
+        open_folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mayfly-open-")))
+        shutil.copytree(state / "instances", open_folder / "instances")
+        shutil.copytree(host, open_folder / "host")
+        for path in (open_folder, *open_folder.rglob("*")):
+            path.chmod(0o755)
+        yield Ground(images, state / "instances", registry, other, host, open_folder, stack.enter_context(talkative_port()))
 
 
 @contextmanager

@@ -21,12 +21,13 @@ from typing import Any
 
 sys.path += ["/opt/mayfly", "/opt/mayfly/probes"]
 
+from looks import look, parse_limits, parse_status, read
+
 from runner import confine
 from runner.configuration import Configuration
 from runner.watchdog import Watchdog
 
 MOST_DESCRIPTORS = 4096
-NAMESPACES = ("mnt", "pid", "ipc", "uts", "net", "cgroup")
 CGROUP_FILES = {  # first the name of version 2, then that of version 1 with its controller's folder
     "memory": ("memory.max", "memory/memory.limit_in_bytes"),
     "memory_and_swap": ("memory.swap.max", "memory/memory.memsw.limit_in_bytes"),
@@ -45,9 +46,8 @@ def confined() -> list[int]:
     """Apply the runner's own confinement, all of it, and return witnesses from just before Landlock."""
     found: list[int] = []
 
-    def open_witnesses(_: confine.Order, facts: confine.Facts) -> confine.Facts:
+    def open_witnesses(order: confine.Order, facts: confine.Facts) -> None:
         found.extend(witnesses())
-        return facts
 
     steps = list(confine.STEPS)
     steps.insert([name for name, _ in steps].index("landlock"), ("witnesses", open_witnesses))
@@ -69,54 +69,56 @@ def outcome(attempt: Any, *arguments: Any) -> str:
 
 def survey(order: dict[str, Any]) -> dict[str, Any]:
     everything = tree()
-    before = {
-        "status": parse_status(read("/proc/self/status")),
-        "namespaces": {name: os.readlink(f"/proc/self/ns/{name}") for name in NAMESPACES},
-        "mounts": mounts(),
+    before = look("/proc/self") | look_from_inside(everything) | {"cgroup": cgroup()}
+    before["processes"] = sorted(int(name) for name in os.listdir("/proc") if name.isdigit())
+    witness = confined() if order["confine"] else witnesses()
+    status, limits = (os.pread(descriptor, 1 << 16, 0).decode() for descriptor in witness)
+    after = {"status": parse_status(status), "limits": parse_limits(limits)} | look_when_confined(everything)
+    after["descriptors"] = [number for number in after["descriptors"] if number not in witness]
+    return {"before": before, "after": after}
+
+
+def look_from_inside(everything: list[tuple[str, int]]) -> dict[str, Any]:
+    """What needs no /proc."""
+    return {
         "environment": dict(os.environ),
-        "started_with": {name: read(f"/proc/self/{name}") for name in ("environ", "cmdline")},
         "descriptors": descriptors(),
-        "processes": sorted(int(name) for name in os.listdir("/proc") if name.isdigit()),
-        "interfaces": [line.split(":")[0].strip() for line in read("/proc/self/net/dev").splitlines()[2:]],
-        "routes": routes(),
-        "socket": outcome(open_socket),
+        "identity": sorted({os.getuid(), os.geteuid(), os.getgid(), os.getegid()}),
+        "sockets_to_be_had": {name: outcome(open_socket, family) for name, family in (("AF_UNIX", 1), ("AF_INET", 2))},
         "hostname": os.uname().nodename,
-        "cgroup": cgroup(),
+        "root": sorted(os.listdir("/")),
         "devices": {path: device(path) for path, mode in everything if stat.S_ISCHR(mode) or stat.S_ISBLK(mode)},
         "sockets": [path for path, mode in everything if stat.S_ISSOCK(mode)],
         "privileged_files": [path for path, mode in everything if stat.S_ISREG(mode) and mode & (stat.S_ISUID | stat.S_ISGID)],
         "writable": writable(everything),
-        "elsewhere": outcome(read_elsewhere),
+        **look_elsewhere(),
     }
-    witness = confined() if order["confine"] else witnesses()
-    status, limits = (os.pread(descriptor, 1 << 16, 0).decode() for descriptor in witness)
-    after = {
-        "status": parse_status(status),
-        "limits": {line[:25].strip(): line[25:].split()[:2] for line in limits.splitlines()[1:]},
-        "descriptors": [number for number in descriptors() if number not in witness],
+
+
+def look_when_confined(everything: list[tuple[str, int]]) -> dict[str, Any]:
+    return {
+        "descriptors": descriptors(),
+        "standard_error": standard_error(),
         "writable": writable(everything),
-        "elsewhere": outcome(read_elsewhere),
-        "process_folder": outcome(read_own_process),
+        **look_elsewhere(),
     }
-    return {"before": before, "after": after}
 
 
-def read(path: str) -> str:
-    with open(path, encoding="utf-8") as file:
-        return file.read()
+def look_elsewhere() -> dict[str, str]:
+    """The interpreter; the process's own mount table, which names the volume's path on the host; a folder that every root has."""
+    return {path: outcome(read_some, path) for path in (sys.executable, "/proc/self/mountinfo", "/")}
 
 
-def parse_status(text: str) -> dict[str, str]:
-    return {name: value.strip() for name, _, value in (line.partition(":") for line in text.splitlines())}
+def read_some(path: str) -> None:
+    os.close(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
 
 
-def mounts() -> list[dict[str, Any]]:
-    found = []
-    for line in read("/proc/self/mountinfo").splitlines():
-        left, _, right = line.partition(" - ")
-        fields = left.split()
-        found.append({"point": fields[4], "options": fields[5].split(","), "type": right.split()[0]})
-    return found
+def standard_error() -> str:
+    """Where descriptor 2 leads: the kind of file, and of a device its numbers."""
+    found = os.fstat(2)
+    if stat.S_ISCHR(found.st_mode):
+        return f"c {os.major(found.st_rdev)}:{os.minor(found.st_rdev)}"
+    return "a pipe" if stat.S_ISFIFO(found.st_mode) else "a file"
 
 
 def descriptors() -> list[int]:
@@ -131,20 +133,13 @@ def is_open(number: int) -> bool:
     return True
 
 
-def routes() -> list[str]:
-    """IPv4's table has a heading; IPv6's own routes on lo lead nowhere."""
-    net = "/proc/self/net"
-    found = read(f"{net}/route").splitlines()[1:] if os.path.exists(f"{net}/route") else []
-    if os.path.exists(f"{net}/ipv6_route"):
-        found += [line for line in read(f"{net}/ipv6_route").splitlines() if line.split()[-1] != "lo"]
-    return found
-
-
-def open_socket() -> None:
+def open_socket(family: int) -> None:
     """By libc: the image may have no socket module."""
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.socket(1, 1, 0) < 0:
+    descriptor = libc.socket(family, 1, 0)
+    if descriptor < 0:
         raise OSError(ctypes.get_errno(), "socket")
+    os.close(descriptor)
 
 
 def cgroup() -> dict[str, str | None]:
@@ -191,15 +186,6 @@ def writable(everything: list[tuple[str, int]]) -> list[str]:
             continue
         found.append(path)
     return found
-
-
-def read_elsewhere() -> None:
-    os.close(os.open(sys.executable, os.O_RDONLY | os.O_CLOEXEC))
-
-
-def read_own_process() -> None:
-    """Its mount table names the volume's path on the host."""
-    os.close(os.open("/proc/self/mountinfo", os.O_RDONLY | os.O_CLOEXEC))
 
 
 # --- limits, by their effect
@@ -265,15 +251,18 @@ def read_line() -> bytes:
     return bytes(line)
 
 
+ORDERS: dict[str, Any] = {"survey": survey, "eat": eat, "multiply": multiply, "breed": breed, "burn": burn}
+
+
 def main() -> None:
     from compromised import attack
 
     order = json.loads(sys.argv[1] if sys.argv[1].startswith("{") else read_line())
-    orders = {"survey": survey, "eat": eat, "multiply": multiply, "breed": breed, "burn": burn, "attack": attack}
-    report = json.dumps(orders[order["do"]](order)).encode()
+    report = json.dumps((ORDERS | {"attack": attack})[order["do"]](order)).encode()
     while report:
         report = report[os.write(1, report) :]
     os._exit(0)
 
 
-main()
+if __name__ == "__main__":
+    main()
