@@ -16,6 +16,11 @@ holds two files. It ends within a deadline, after at most one answer.
 Beside the main thread there is one more, the watchdog. It interrupts SQLite at the deadline, and when that does not help it
 gives the answer `timeout` itself and ends the process. Above both stands a kill from outside, which is not the runner's.
 
+With engine zygote a runner is not started but cloned, from an interpreter that stands in a slot container without a volume.
+`zygote` is that interpreter's life and `cloning` what makes it cheap to clone; `child` is the clone's confinement, as a plan of
+system calls made ready beforehand. From the request on its way is the one above, without the watchdog: the kill from outside
+does its work.
+
 What the layers are for: `policy` keeps SQL inside one database and inside its limits. `confine` holds when SQLite itself is
 taken over: then the process can still read and write two capped files and say something on descriptor 1, where everything is
 taken for hostile input. Nothing of the tenant's is ever written anywhere else; there is no log.

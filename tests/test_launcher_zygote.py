@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import uuid
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from gateway.settings import Settings
 from .launcher_harness import Client, Launcher, containers_of, eventually, inspect, launched, read_all, unframe, uuid7, wire
 from .sealed import sealed_directory
 
-STUB = Path(__file__).parent / "stub_zygote.py"
+STUB = (Path(__file__).parent / "stub_zygote.py").read_text()
 SEAL = os.ST_NOSUID | os.ST_NODEV | os.ST_NOEXEC
 LONG = 60.0
 
@@ -40,7 +40,7 @@ LONG = 60.0
 class Containers:
     """Processes in the place of slot containers. What SlotContainers promises, and what can go wrong with it."""
 
-    def __init__(self, *, user: int = RUNNER_UID, first: bytes | None = None, program: Sequence[str | Path] = (STUB,)) -> None:
+    def __init__(self, *, user: int = RUNNER_UID, first: bytes | None = None, program: str = STUB) -> None:
         self.user = user
         self.first = first
         self.program = program
@@ -67,13 +67,14 @@ class Containers:
         self._require()
         await self.hold.wait()
         self.started += 1
-        # The stub's user cannot enter the folder, so it connects to a descriptor, as a container does to a mount.
+        # The stub's user can enter neither this folder nor, maybe, the clone: it gets a descriptor, as a container gets a mount.
         place = os.open(path, os.O_PATH)
         try:
             first = [] if self.first is None else [self.first.hex()]
             self.processes[slot] = subprocess.Popen(
-                [sys.executable, "-I", "-S", *self.program, f"/proc/self/fd/{place}", *first],
+                ["/usr/bin/python3", "-I", "-S", "-c", self.program, f"/proc/self/fd/{place}", *first],
                 pass_fds=(place,),
+                cwd="/",
                 user=self.user,
                 extra_groups=[],
             )
@@ -527,7 +528,7 @@ async def test_a_zygote_that_does_not_say_ready_is_refused(state, first, words):
 
 
 async def test_a_zygote_that_never_connects_is_refused(state):
-    containers = Containers(program=["-c", "import time; time.sleep(60)"])
+    containers = Containers(program="import time; time.sleep(60)")
     with pytest.raises(RefusedError, match=r"not ready within 1\.0 s"):
         async with deployed(state, containers, start_timeout_seconds=1.0):
             pass

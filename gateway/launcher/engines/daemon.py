@@ -113,7 +113,9 @@ def _sorted(error: Exception) -> EngineError:
     if isinstance(error, docker.errors.ImageNotFound):
         return ImageMissingError(str(error.explanation))
     if isinstance(error, docker.errors.APIError):  # before OSError, of which it is one by way of requests
-        return ContainerRefusedError(str(error.explanation or error))
+        words = str(error.explanation or error)
+        # So Docker passes on what gRPC says of a containerd that is on its way out or up: with the name of the status at the end.
+        return EngineDownError(words) if words.endswith(": unavailable") else ContainerRefusedError(words)
     if any(isinstance(cause, OSError | urllib3.exceptions.HTTPError) for cause in causes):
         return EngineDownError(str(error), nothing_sent=any(isinstance(cause, _NEVER_CONNECTED) for cause in causes))
     return ContainerRefusedError(f"{type(error).__name__}: {error}")
