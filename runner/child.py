@@ -13,7 +13,7 @@ from time import monotonic
 
 from . import confine, landlock, seccomp, syscalls
 from .answer import Exit, answer, read_request, refuse_self_test, reply_to, self_test
-from .confine import DATA, FILES, UnconfinedError
+from .confine import DATA, FILES
 from .wire import Verdict, encode_failure
 
 TYPE_CHECKING = False
@@ -32,7 +32,7 @@ HEADER = struct.Struct("!BBxxI")
 """Of every packet of docs/wire.md: kind, command or flags, run."""
 _SELFTEST = 1
 
-_MS_NOSUID_NODEV_NOEXEC = 2 | 4 | 8
+_MOUNT_ATTR_NOSUID_NODEV_NOEXEC = 2 | 4 | 8
 _MOVE_MOUNT_F_EMPTY_PATH = 4
 _AT_FDCWD = -100
 _LAST_DESCRIPTOR = 0xFFFFFFFF
@@ -124,7 +124,7 @@ def _run(order: Order) -> Iterator[Act]:
 
 def _volume(order: Order) -> Iterator[Act]:
     """Its place is there, in the zygote's empty root; its seal is set here and not only trusted to be there."""
-    seal = struct.pack("=QQQQ", _MS_NOSUID_NODEV_NOEXEC, 0, 0, 0)
+    seal = struct.pack("=QQQQ", _MOUNT_ATTR_NOSUID_NODEV_NOEXEC, 0, 0, 0)
     here = DATA.encode() + b"\0"
     yield syscalls.prepare("move_mount", order.inbox.second, b"\0", _AT_FDCWD, here, _MOVE_MOUNT_F_EMPTY_PATH), 0
     yield syscalls.prepare("mount_setattr", _AT_FDCWD, here, 0, seal, len(seal)), 0
@@ -187,11 +187,7 @@ def plan(order: Order) -> tuple[Operation, ...]:
     """Every step, ready to be done; raises UnconfinedError."""
     operations: list[Operation] = []
     for name, step in STEPS:
-        try:
-            operations += ((act, wanted, name) for act, wanted in step(order))
-        except UnconfinedError:
-            raise
-        except Exception as error:
-            raise UnconfinedError(f"{name}: {error}") from error
+        acts: list[Act] = confine.total(name, list, step(order))
+        operations += ((act, wanted, name) for act, wanted in acts)
         order.facts.steps += (name,)
     return tuple(operations)

@@ -229,11 +229,16 @@ def confine(configuration: Configuration, start_watchdog: Callable[[], None]) ->
 def apply(steps: Iterable[tuple[str, Step]], order: Order) -> Facts:
     facts = Facts()
     for name, step in steps:
-        try:
-            step(order, facts)
-        except UnconfinedError:
-            raise
-        except Exception as error:
-            raise UnconfinedError(f"{name}: {error}") from error
+        total(name, step, order, facts)
         facts.steps += (name,)
     return facts
+
+
+def total(name: str, step: Callable[..., Any], *arguments: object) -> Any:
+    """What the step gives; whatever it raises leaves as UnconfinedError."""
+    try:
+        return step(*arguments)
+    except UnconfinedError:
+        raise
+    except Exception as error:
+        raise UnconfinedError(f"{name}: {error}") from error

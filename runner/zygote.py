@@ -67,12 +67,12 @@ def live(configuration: Configuration) -> NoReturn:
     facts = confine.Facts()
     try:
         for name, step in STEPS:
-            _total(name, step, configuration)
+            confine.total(name, step, configuration)
             facts.steps += (name,)
         inbox = Inbox(_WORK)
         plan = child.plan(child.Order(configuration, facts, inbox, _TAKEN))
         clone = Clone(child.child(configuration, inbox, plan, facts, read_build()))
-        _total("root", _pivot)
+        confine.total("root", _pivot)
     except UnconfinedError as refusal:
         _refuse(str(refusal))
     entropy.forget_the_seed()
@@ -104,16 +104,6 @@ def connect() -> None:
     for place, descriptor in zip((_CONTROL, _WORK, _TAKEN, _MEMORY_EVENTS), out_of_the_way, strict=True):
         os.dup2(descriptor, place)
     syscalls.invoke("close_range", _FIRST_FREE, 0xFFFFFFFF, 0)
-
-
-def _total(name: str, step: Callable[..., None], *arguments: object) -> None:
-    """Whatever the step raises leaves as UnconfinedError."""
-    try:
-        step(*arguments)
-    except UnconfinedError:
-        raise
-    except Exception as error:
-        raise UnconfinedError(f"{name}: {error}") from error
 
 
 # --- its own steps, once

@@ -7,6 +7,7 @@ nothing here: connecting to its socket fails at once. One that hangs holds its t
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import socket
 import threading
@@ -21,8 +22,11 @@ import urllib3.exceptions
 
 from ...settings import Settings
 from ..errors import ContainerRefusedError, EngineDownError, EngineError, ImageMissingError, RefusedError
+from ..specification import LABEL_DEPLOYMENT
 from . import EngineFacts
 from .transport import SCHEME, OnePoolAdapter
+
+log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 _ANY_VERSION = "1.24"  # to ask for the version; the question itself names none
@@ -72,6 +76,18 @@ class Daemon:
             if loop.time() > give_up_at:
                 raise EngineDownError(f"the removal of {container[:12]} is under way and does not end")
             await asyncio.sleep(0.05)
+
+    async def sweep(self, deployment: str, label: str, owns: Callable[[str], bool]) -> int:
+        """Destroy the deployment's containers but those whose `label` is owned. Returns how many there were.
+
+        It is asked after the list was made: what began since is not in the list, what had begun before is owned.
+        """
+        found = await self.call(partial(labelled, labels={LABEL_DEPLOYMENT: deployment}))
+        orphans = [item["Id"] for item in found if not owns(item["Labels"].get(label, ""))]
+        for container in orphans:
+            await self.destroy(container)
+            log.info("orphan removed container=%s", container[:12])
+        return len(orphans)
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)

@@ -149,14 +149,7 @@ class DockerEngine:
         return self._removals.get(instance)
 
     async def sweep(self) -> int:
-        found = await self._daemon.call(partial(daemon.labelled, labels={LABEL_DEPLOYMENT: self._deployment}))
-        # Looked at after the list was made: what we have made since is not in the list, what we had made before is owned.
-        owned = {str(instance) for instance in self._owned}
-        orphans = [item["Id"] for item in found if item["Labels"].get(LABEL_INSTANCE) not in owned]
-        for container in orphans:
-            await self._daemon.destroy(container)
-            log.info("orphan removed container=%s", container[:12])
-        return len(orphans)
+        return await self._daemon.sweep(self._deployment, LABEL_INSTANCE, lambda label: label in map(str, self._owned))
 
     async def close(self) -> None:
         for instance in list(self._prepared):

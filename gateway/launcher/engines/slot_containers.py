@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Set
 from functools import partial
 from pathlib import Path
@@ -12,8 +11,6 @@ from ..errors import ContainerRefusedError, RefusedError
 from ..specification import LABEL_DEPLOYMENT, LABEL_SLOT, slot_specification
 from . import EngineFacts, daemon
 from .starts import cores
-
-log = logging.getLogger(__name__)
 
 _WAIT_SECONDS = 1.0
 
@@ -69,13 +66,7 @@ class SlotContainers:
 
     async def sweep(self, owned: Set[str]) -> int:
         """Remove every container of the deployment but those of the `owned` slots; how many there were."""
-        found = await self._daemon.call(partial(daemon.labelled, labels={LABEL_DEPLOYMENT: self._deployment}))
-        # Looked at after the list was made: what began since is not in the list, what had begun before is owned.
-        orphans = [item["Id"] for item in found if item["Labels"].get(LABEL_SLOT) not in owned]
-        for container in orphans:
-            await self._daemon.destroy(container)
-            log.info("orphan removed container=%s", container[:12])
-        return len(orphans)
+        return await self._daemon.sweep(self._deployment, LABEL_SLOT, owned.__contains__)
 
     def close(self) -> None:
         self._daemon.close()
