@@ -25,6 +25,10 @@ class Settings:
     """Read once at start. A limit of 0 is off where the help says so."""
 
     listen: str = _setting("127.0.0.1:8080", "Address and port of the HTTP API.")
+    metrics_listen: str = _setting("127.0.0.1:9464", "Address and port of the operator's `/metrics`; empty is off.")
+    trusted_proxies: str = _setting(
+        "", "Networks of proxies whose `X-Forwarded-For` is believed, with commas between: `127.0.0.1/32,::1/128`. Empty: none."
+    )
     state_dir: Path = _setting(Path("/var/lib/mayfly"), "Instances, keys, logs and the launcher's socket.")
     web_uid: int = _setting(-1, "User id that may speak to the launcher; -1 is the launcher's own.", minimum=-1)
     engine: str = _setting(
@@ -57,6 +61,31 @@ class Settings:
 
     rate_requests_per_minute: int = _setting(60, "Requests per address; 0 is off.", minimum=0)
     rate_creates_per_minute: int = _setting(10, "New instances per address; 0 is off.", minimum=0)
+    rate_ipv6_56_factor: int = _setting(4, "How often the rates of one IPv6 /64 its whole /56 may have; 0 is off.", minimum=0)
+    rate_ipv6_48_factor: int = _setting(16, "The same for its /48.", minimum=0)
+    instances: int = _setting(10_000, "Live instances on this host; 0 is off.", minimum=0)
+    instances_per_address: int = _setting(50, "Live instances of one address; 0 is off.", minimum=0)
+    queries_per_instance: int = _setting(10_000, "Requests that one instance answers in its life; 0 is off.", minimum=0)
+    breaker_waiting: int = _setting(
+        256, "Waiting requests from which the circuit breaker refuses new instances; 0 is off.", minimum=0
+    )
+    breaker_failure_percent: int = _setting(
+        50, "Share of the last minute's runs, if they are at least 20, that may fail before nothing runs; 0 is off.", minimum=0
+    )
+    breaker_open_seconds: float = _setting(5.0, "From the breaker's opening to its next trial.", minimum=0.1)
+    min_free_memory_bytes: int = _setting(
+        256 << 20, "Memory that is to be had on the host below which nothing runs; 0 is off.", minimum=0
+    )
+    connections: int = _setting(
+        4096, "Open connections; beyond it the one that has been idle longest is closed. 0 is off.", minimum=0
+    )
+    connections_per_address: int = _setting(
+        64, "Open connections of one address, trusted proxies aside; beyond it a new one is closed. 0 is off.", minimum=0
+    )
+    header_seconds: float = _setting(10.0, "Longest wait for the rest of a request's header.", minimum=0.1)
+    body_seconds: float = _setting(30.0, "Longest wait for the rest of a request's body.", minimum=0.1)
+    keepalive_seconds: float = _setting(30.0, "Longest wait of an idle connection for its next request.", minimum=0.1)
+    answer_seconds: float = _setting(60.0, "Longest wait for a caller to read its answer.", minimum=0.1)
     max_body_bytes: int = _setting(1 << 20, "Largest request body.", minimum=1024)
 
     deadline_seconds: float = _setting(2.0, "Wall clock of one request's SQL.", minimum=0.05)
@@ -88,8 +117,23 @@ class Settings:
     limit_worker_threads: int = _setting(0, "SQLITE_LIMIT_WORKER_THREADS.", minimum=0)
 
     key_rotation_seconds: int = _setting(86_400, "Age at which the token key is replaced; the one before stays valid.", minimum=1)
-    access_log_days: int = _setting(7, "Days an access log is kept.", minimum=1)
+    key_source: str = _setting(
+        "file",
+        "Where the token keys are: `file`: below the state folder; `aws`: in AWS Secrets Manager.",
+        choices=("file", "aws"),
+    )
+    key_secret: str = _setting("", "Name or ARN of the secret, with `MAYFLY_KEY_SOURCE=aws`.")
+    access_log_days: int = _setting(7, "Days an access log is kept, on this host and in S3.", minimum=1)
+    access_log_bytes: int = _setting(
+        1 << 30, "Access log of one day; lines beyond it are dropped and counted. 0 is off.", minimum=0
+    )
+    access_log_bucket: str = _setting("", "S3 bucket that finished days of the access log are copied to; empty: none.")
+    access_log_prefix: str = _setting("mayfly/access", "Prefix of their object keys.")
+    aws_region: str = _setting("", "Region of the secret and the bucket; empty: what the credentials file or the host says.")
+    aws_credentials_file: str = _setting("", "AWS shared credentials file; empty: the role of the host or container.")
+    aws_endpoint_url: str = _setting("", "Another endpoint for Secrets Manager and S3; empty is AWS itself.")
     log_level: str = _setting("INFO", "Operator log.", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
+    log_format: str = _setting("text", "Lines of text, or one JSON object a line.", choices=("text", "json"))
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Settings:
