@@ -9,7 +9,8 @@ holds two files. It ends within a deadline, after at most one answer.
     confine         drops everything the process will not need, for good: landlock, seccomp, rlimits. A layer that cannot be
                     applied is the answer `unconfined`, and nothing is read
     wire            one request frame from descriptor 0; the deadline's clock starts when its last byte is here
-    database        opens /data/db.sqlite with every switch set and read back; policy holds the tables
+    database        opens /data/db.sqlite with every switch set and read back, holds it against everybody else, and then reads it;
+                    policy holds the tables
     execute         the script, statement by statement; failures says what each exception means
     wire            one reply frame to descriptor 1, and the process ends
 
@@ -18,8 +19,9 @@ gives the answer `timeout` itself and ends the process. Above both stands a kill
 
 With engine zygote a runner is not started but cloned, from an interpreter that stands in a slot container without a volume.
 `zygote` is that interpreter's life and `cloning` what makes it cheap to clone; `child` is the clone's confinement, as a plan of
-system calls made ready beforehand. From the request on its way is the one above, without the watchdog: the kill from outside
-does its work.
+system calls made ready beforehand. Its connection is opened and fortified before it is cloned, on an empty file whose descriptor
+it then gives to the tenant's. From the request on its way is the one above, without the watchdog: the kill from outside does its
+work.
 
 What the layers are for: `policy` keeps SQL inside one database and inside its limits. `confine` holds when SQLite itself is
 taken over: then the process can still read and write two capped files and say something on descriptor 1, where everything is

@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import os
 from enum import IntEnum
-from time import monotonic
 
 import apsw
 
 from .database import absent_limits
-from .execute import run_request
 from .failures import verdict_of
 from .wire import NoRequestError, Request, VerdictError, decode_request, encode_failure, read_frame, write_frame
 
@@ -21,9 +19,10 @@ if TYPE_CHECKING:
 
     from .configuration import Configuration
     from .confine import Facts
+    from .database import Expired
 
-    Guard = Callable[[apsw.Connection | None], None]
-    """Told which connection to interrupt at the deadline, and None before it is closed."""
+    Run = Callable[[Request, Expired], bytes]
+    """Executes a request: gives the inside of the `ok` reply, or raises."""
 
 _IN, _OUT = 0, 1
 _BUILD = "/opt/mayfly/build.json"
@@ -44,32 +43,28 @@ class Exit(IntEnum):
     """The reply could not be written."""
 
 
-def read_request(configuration: Configuration) -> bytes | VerdictError:
+def read_request(max_bytes: int) -> bytes | VerdictError:
     """The inside of the request's frame, or why it is none. Ends the process when none comes."""
     try:
-        return read_frame(_IN, configuration.max_request_bytes)
+        return read_frame(_IN, max_bytes)
     except NoRequestError:
         os._exit(Exit.NO_REQUEST)
     except VerdictError as error:
         return error
 
 
-def reply_to(frame: bytes | VerdictError, configuration: Configuration, guard: Guard, deadline: float) -> bytes:
-    """The inside of the reply's frame, whatever happens. `deadline` is an instant of the monotonic clock."""
+def reply_to(frame: bytes | VerdictError, run: Run, expired: Expired) -> bytes:
+    """The inside of the reply's frame, whatever happens."""
     try:
-        if isinstance(frame, VerdictError):
-            raise frame
-        return _run(decode_request(frame), configuration, guard, deadline)
+        if isinstance(frame, bytes):
+            return run(decode_request(frame), expired)
+        raise frame
     except Exception as error:  # also MemoryError and RecursionError: there is always an answer
         verdict = verdict_of(error, None, 0)
         return encode_failure(verdict.verdict, verdict.message)
 
 
-def _run(request: Request, configuration: Configuration, guard: Guard, deadline: float) -> bytes:
-    return run_request(request, configuration, lambda: monotonic() >= deadline, guard)
-
-
-def answer(payload: bytes, code: Exit) -> NoReturn:
+def answer(payload: bytes, code: int) -> NoReturn:
     """Write the reply and end at once: every change is on the disk already, and the interpreter needs no taking down."""
     try:
         write_frame(_OUT, payload)
@@ -78,11 +73,10 @@ def answer(payload: bytes, code: Exit) -> NoReturn:
     os._exit(code)
 
 
-def self_test(configuration: Configuration, facts: Facts, guard: Guard, build: dict[str, Any] | None) -> NoReturn:
+def self_test(configuration: Configuration, facts: Facts, run: Run, expired: Expired, build: dict[str, Any] | None) -> NoReturn:
     """Confined already: write, read and drop a table in the real place, and print one JSON object."""
-    deadline = monotonic() + configuration.deadline_ms / 1000
     try:
-        replies = {name: json.loads(_run(request, configuration, guard, deadline)) for name, request in _SELFTEST.items()}
+        replies = {name: json.loads(run(request, expired)) for name, request in _SELFTEST.items()}
     except VerdictError as refusal:
         refuse_self_test(f"{refusal.verdict}: {refusal.message}")
     except Exception as error:

@@ -8,12 +8,15 @@ it also writes to, by counting references, and pays 1.8 µs for each page (measu
 from __future__ import annotations
 
 import ctypes
+import os
 import struct
 from time import monotonic
 
 from . import confine, landlock, seccomp, syscalls
 from .answer import Exit, answer, read_request, refuse_self_test, reply_to, self_test
 from .confine import DATA, FILES
+from .database import hold
+from .execute import run_prepared
 from .wire import Verdict, encode_failure
 
 TYPE_CHECKING = False
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
     from typing import Any, NoReturn
 
     from .configuration import Configuration
+    from .database import Database
+    from .wire import Request
 
     Act = tuple[Callable[[], int], int]
     """Something to do, and the number it must give."""
@@ -31,6 +36,9 @@ if TYPE_CHECKING:
 HEADER = struct.Struct("!BBxxI")
 """Of every packet of docs/wire.md: kind, command or flags, run."""
 _SELFTEST = 1
+
+DATABASE = 3
+"""The descriptor of the database, in a child: the lowest that is free."""
 
 _MOUNT_ATTR_NOSUID_NODEV_NOEXEC = 2 | 4 | 8
 _MOVE_MOUNT_F_EMPTY_PATH = 4
@@ -44,11 +52,12 @@ class Inbox:
     """Room for one packet and the descriptors that come with it, where the calls that use them find them."""
 
     def __init__(self, socket: int, flags: int = 0) -> None:
-        self.packet = ctypes.create_string_buffer(HEADER.size + 1)
+        self.packet = bytearray(HEADER.size + 1)
+        content = (ctypes.c_char * len(self.packet)).from_buffer(self.packet)
         self._rights = ctypes.create_string_buffer(_RIGHTS.size)
         self.first = ctypes.c_int.from_buffer(self._rights, _RIGHTS.size - 8)
         self.second = ctypes.c_int.from_buffer(self._rights, _RIGHTS.size - 4)
-        vector = struct.pack("@PN", ctypes.addressof(self.packet), len(self.packet))  # struct iovec
+        vector = struct.pack("@PN", ctypes.addressof(content), len(self.packet))  # struct iovec
         self._vector = ctypes.create_string_buffer(vector, len(vector))
         self._message = ctypes.create_string_buffer(_MESSAGE.size)
         self.receive = syscalls.prepare("recvmsg", socket, self._message, flags)
@@ -67,34 +76,45 @@ _RIGHTS = struct.Struct("@Niiii")  # struct cmsghdr, and two descriptors
 
 
 def child(
-    configuration: Configuration, inbox: Inbox, plan: tuple[Operation, ...], facts: confine.Facts, build: dict[str, Any] | None
+    database: Database, inbox: Inbox, plan: tuple[Operation, ...], facts: confine.Facts, build: dict[str, Any] | None
 ) -> Callable[[], NoReturn]:
     """What a child runs, from its first step to its last."""
-    deadline_seconds = configuration.deadline_ms / 1000
+    configuration = database.configuration
+    deadline_seconds, max_request_bytes = configuration.deadline_ms / 1000, configuration.max_request_bytes
+    packet, answered = inbox.packet, int(Exit.ANSWERED)
+    acts = tuple((operation, wanted) for operation, wanted, _ in plan)
+    deadline = 0.0
+
+    def expired() -> bool:
+        return monotonic() >= deadline
+
+    def run(request: Request, expired: Callable[[], bool]) -> bytes:
+        hold(DATABASE)
+        return run_prepared(request, database, expired)
 
     def serve() -> NoReturn:
-        for operation, wanted, step in plan:
+        nonlocal deadline
+        for act in acts:
+            operation, wanted = act
             try:
                 if operation() != wanted:
                     raise syscalls.failure("a system call")
             except Exception as refusal:
-                _refuse(inbox, f"{step}: {refusal}")
-        if inbox.packet.raw[1] == _SELFTEST:
-            self_test(configuration, facts, _nobody_watches, build)
-        frame = read_request(configuration)
-        answer(reply_to(frame, configuration, _nobody_watches, monotonic() + deadline_seconds), Exit.ANSWERED)
+                _refuse(inbox, f"{plan[acts.index(act)][2]}: {refusal}")
+        if packet[1] == _SELFTEST:
+            deadline = monotonic() + deadline_seconds
+            self_test(configuration, facts, run, expired, build)
+        frame = read_request(max_request_bytes)
+        deadline = monotonic() + deadline_seconds
+        answer(reply_to(frame, run, expired), answered)
 
     return serve
 
 
 def _refuse(inbox: Inbox, reason: str) -> NoReturn:
-    if inbox.packet.raw[1] == _SELFTEST:
+    if inbox.packet[1] == _SELFTEST:
         refuse_self_test(reason)
     answer(encode_failure(Verdict.UNCONFINED, reason), Exit.REFUSED)
-
-
-def _nobody_watches(_: object) -> None:
-    """There is no second thread; the zygote kills."""
 
 
 # --- its steps: each gives operations of the plan, ready to be done
@@ -139,12 +159,11 @@ def _capabilities(order: Order) -> Iterator[Act]:
     """All of them, over the child's own namespaces; first those of the bounding set, which takes one of them."""
     with open("/proc/sys/kernel/cap_last_cap", encoding="ascii") as file:
         every = range(int(file.read()) + 1)
-    capability = ctypes.c_int()
-    drop = syscalls.prepare("prctl", _PR_CAPBSET_DROP, capability, 0, 0, 0)
+    drop = syscalls.prepare("prctl", _PR_CAPBSET_DROP)
 
     def drop_all() -> int:
-        for capability.value in every:
-            if drop():
+        for capability in every:
+            if drop(capability, 0, 0, 0):
                 return -1
         return 0
 
@@ -155,7 +174,13 @@ def _capabilities(order: Order) -> Iterator[Act]:
 def _landlock(order: Order) -> Iterator[Act]:
     abi = order.facts.landlock_abi = confine.usable_abi(order.configuration.min_landlock_abi)
     if abi:
-        yield landlock.Restriction(FILES, abi).apply, 0
+        yield landlock.restriction(FILES, abi), 0
+
+
+def _database(order: Order) -> Iterator[Act]:
+    """Open the tenant's file by the number that the zygote's connection, which has not read a file yet, has for its own."""
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+    yield syscalls.prepare("openat", _AT_FDCWD, FILES[0].encode() + b"\0", flags), DATABASE
 
 
 def _limits(order: Order) -> Iterator[Act]:
@@ -169,7 +194,7 @@ def _limits(order: Order) -> Iterator[Act]:
 def _seccomp(order: Order) -> Iterator[Act]:
     machine = syscalls.machine()
     order.facts.seccomp_syscalls = len(syscalls.numbers(syscalls.ALLOWED, machine))
-    yield seccomp.Filter(seccomp.build(machine)).install, 0
+    yield seccomp.Filter(seccomp.build(machine)).call, 0
 
 
 STEPS: tuple[tuple[str, Callable[[Order], Iterator[Act]]], ...] = (
@@ -178,6 +203,7 @@ STEPS: tuple[tuple[str, Callable[[Order], Iterator[Act]]], ...] = (
     ("descriptors", _descriptors),
     ("capabilities", _capabilities),
     ("landlock", _landlock),
+    ("database", _database),
     ("limits", _limits),
     ("seccomp", _seccomp),
 )

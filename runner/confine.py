@@ -173,7 +173,7 @@ def usable_abi(minimum: int) -> int:
 def _landlock(order: Order, facts: Facts) -> None:
     facts.landlock_abi = usable_abi(order.configuration.min_landlock_abi)
     if facts.landlock_abi:
-        landlock.Restriction(FILES, facts.landlock_abi).apply()
+        landlock.restriction(FILES, facts.landlock_abi)()
 
 
 def _watchdog(order: Order, facts: Facts) -> None:

@@ -4,14 +4,18 @@ TRUNCATE is the journal mode because then no file is ever created, removed or re
 database is opened for each request (184 µs against 63 µs). The cache can hold the whole database, so a transaction reaches
 the disk once, at its end; its memory, like that of temporary tables and sorts, counts against the heap limit.
 
-This runs once for each request, where a cloned runner pays for every page of memory that it is the first to touch (1.8 µs). So
-whatever can be known before is, and each step is one loop over a table.
+A cloned runner pays for every page of memory that it is the first to touch (1.8 µs). So all that needs no tenant's file is done
+before, once, by `prepare`: PREPARING. For SQLite the first read comes with the first transaction, under whose lock it looks at the
+journal, the header, page size and reserved bytes, and at the schema, whatever it believed before; what belongs to the file is set
+and compared then: READING. Of the opening it keeps the path, the descriptor's number, and that the file can be written.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import struct
 
 import apsw
 
@@ -21,23 +25,26 @@ from .wire import Verdict, VerdictError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Sequence
 
     from .configuration import Configuration
 
     Expired = Callable[[], bool]
     """Whether the deadline has passed."""
+    _Pragma = tuple[str, str | int | None, str | int, Verdict]
+    """Its name, what to set if anything, what it must answer, and what it means when it does not."""
 
 PATH = "/data/db.sqlite"
 
 # SQLITE_OPEN_NOMUTEX: the watchdog's interrupt is the one call from another thread, and may be made at any time.
 _FLAGS = apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_NOMUTEX | apsw.SQLITE_OPEN_EXRESCODE | apsw.SQLITE_OPEN_NOFOLLOW
 
-# By name, because the default may be the one that only has random numbers (cloning.py).
-_VFS = "unix"
+# "unix" without SQLite's own locks, in whose place stands that of `hold`: they know a file by the number that it had when it was
+# opened, and a zygote's child has another one (zygote.py). By name, because the default may be the one of cloning.py.
+_VFS = "unix-none"
 
-# The lease keeps other runners away; one that was killed may still be closing its files.
-_BUSY_TIMEOUT_MS = 100
+_F_OFD_SETLK = 37
+_WHOLE_FILE = struct.pack("@hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)  # struct flock
 
 # 1,000 instructions: no measurable cost, against 25 % for 100. It is the second timer; the watchdog's interrupt is the first,
 # and stops a query of slow instructions sooner than a handler at any setting (1.2 s against 2.7 s at 100, deadline 1 s).
@@ -49,17 +56,42 @@ _ZEROS = bytes(1 << 16)
 class Database:
     """The one connection, and what its steps and its end need to know."""
 
-    __slots__ = ("configuration", "connection", "guard", "path")
+    __slots__ = ("_held", "configuration", "connection", "guard", "path")
 
     def __init__(self, connection: apsw.Connection, path: str, configuration: Configuration) -> None:
         self.connection = connection
         self.guard = Guard()
         self.path = path
         self.configuration = configuration
+        self._held: int | None = None
+
+    def hold_the_file(self) -> None:
+        """As `hold`, by a descriptor of its own."""
+        self._held = os.open(self.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        hold(self._held)
+
+    def read(self, expired: Expired) -> None:
+        """Look at the file for the first time. Raises VerdictError, or apsw.Error for what its class alone explains.
+
+        `expired` tells whether the deadline has passed.
+        """
+        try:
+            for _, step in READING:
+                step(self, expired)
+        except apsw.IOError as error:  # a journal whose rollback finds no room; the errno goes with the connection
+            verdict = verdict_of(error, None, self.connection.system_errno)
+            self.close()
+            raise verdict from error
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Roll back what is open and close. Whatever fails here is put right by the journal at the next opening."""
         self.connection.close(True)
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
 
     def host_is_full(self) -> bool:
         """Whether the host has no room for a journal of full size. Only after `close`.
@@ -85,26 +117,35 @@ class Database:
 
 
 def open_database(configuration: Configuration, expired: Expired, path: str = PATH) -> Database:
-    """Open and fortify. Raises VerdictError, or apsw.Error for what its class alone explains.
+    """Prepare, hold the file and read it, in one go."""
+    database = prepare(configuration, path)
+    try:
+        database.hold_the_file()
+    except BaseException:
+        database.close()
+        raise
+    database.read(expired)
+    return database
 
-    `expired` tells whether the deadline has passed.
-    """
+
+def prepare(configuration: Configuration, path: str = PATH) -> Database:
+    """Open and fortify, without a look at the file. Raises VerdictError, or apsw.Error for what its class alone explains."""
     _limit_heap(configuration.heap_bytes)
     # No statement cache: each statement is compiled when it runs, and what the authorizer hears belongs to it alone.
     connection = apsw.Connection(path, _FLAGS, _VFS, 0)
+    database = Database(connection, path, configuration)
     try:
-        connection.set_busy_timeout(_BUSY_TIMEOUT_MS)
-        database = Database(connection, path, configuration)
-        for _, step in STEPS:
-            step(database, expired)
-    except apsw.IOError as error:  # a journal whose rollback finds no room; the errno goes with the connection
-        verdict = verdict_of(error, None, connection.system_errno)
-        connection.close(True)
-        raise verdict from error
+        for _, step in PREPARING:
+            step(database)
     except BaseException:
         connection.close(True)
         raise
     return database
+
+
+def hold(descriptor: int) -> None:
+    """Keep everybody else from the file, other runners and SQLite's own locks too, until it is closed. Raises BlockingIOError."""
+    fcntl.fcntl(descriptor, _F_OFD_SETLK, _WHOLE_FILE)
 
 
 def _limit_heap(heap_bytes: int) -> None:
@@ -117,52 +158,73 @@ def _watch_the_clock(database: Database, expired: Expired) -> None:
     database.connection.set_progress_handler(expired, _PROGRESS_INSTRUCTIONS)
 
 
-def _set_switches(database: Database, expired: Expired) -> None:
+def _set_switches(database: Database) -> None:
     config = database.connection.config
     for flag, value in CONFIG_FLAGS:
         if config(flag, value) != value:  # answers with what holds then
             raise _unconfined(f"{apsw.mapping_db_config[flag]} is not {value}")
 
 
-def _set_pragmas(database: Database, expired: Expired) -> None:
-    pragmas = _pragmas_of(database.configuration)
-    answers = database.connection.execute(pragmas.script).fetchall()
-    if answers != pragmas.answers:
-        for (name, verdict), (found,), (expected,) in zip(pragmas.meanings, answers, pragmas.answers, strict=False):
-            if found != expected:
-                raise VerdictError(verdict, f"{name} is {found}, not {expected}")
-        raise _unconfined(f"{len(answers)} pragmas answer, not {len(pragmas.answers)}")
+def _set_pragmas(database: Database) -> None:
+    # Has an effect on an empty file only. What the file's is, is looked at when it has been found to be a database.
+    database.connection.execute(f"PRAGMA page_size={PAGE_BYTES}")
+    _Pragmas(_PREPARING).set(database.connection)
+
+
+def _set_pragmas_of_the_file(database: Database, expired: Expired) -> None:
+    _pragmas_of(database.configuration).set(database.connection)
 
 
 class _Pragmas:
-    """What `_set_pragmas` sets, as one script, and what SQLite answers when all of it holds."""
+    """What to set, as one script, and what SQLite answers when all of it holds."""
 
-    __slots__ = ("answers", "meanings", "script")
+    __slots__ = ("_answers", "_meanings", "_script")
 
-    def __init__(self, configuration: Configuration) -> None:
-        max_pages, cache_kib = configuration.max_pages, configuration.instance_bytes // 1024
-        table: tuple[tuple[str, str | int, str | int, Verdict], ...] = (
-            # First of all, because the next one reads the file: a killed runner's journal is then emptied after the rollback and
-            # not removed, which it could not be here. The lease has made us the only one already.
-            ("locking_mode", "EXCLUSIVE", "exclusive", Verdict.UNCONFINED),
-            ("page_size", PAGE_BYTES, PAGE_BYTES, Verdict.DAMAGED),  # has an effect on an empty file only
-            ("journal_mode", "TRUNCATE", "truncate", Verdict.DAMAGED),
-            ("max_page_count", max_pages, max_pages, Verdict.DAMAGED),  # larger, when the file is
-            ("temp_store", "MEMORY", 2, Verdict.UNCONFINED),
-            ("synchronous", "FULL", 2, Verdict.UNCONFINED),
-            ("cache_size", -cache_kib, -cache_kib, Verdict.UNCONFINED),
-            ("mmap_size", 0, 0, Verdict.UNCONFINED),
-            ("cell_size_check", 1, 1, Verdict.UNCONFINED),
-        )
-        self.script = ";".join(
-            f"PRAGMA {name}={value}" + ("" if name in _ANSWERING else f";PRAGMA {name}") for name, value, _, _ in table
-        )
-        self.answers = [(answer,) for _, _, answer, _ in table]
-        self.meanings = [(name, verdict) for name, _, _, verdict in table]
+    def __init__(self, table: Sequence[_Pragma]) -> None:
+        self._script = ";".join(statement for name, value, _, _ in table for statement in _statements(name, value))
+        self._answers = [(answer,) for _, _, answer, _ in table]
+        self._meanings = [(name, verdict) for name, _, _, verdict in table]
+
+    def set(self, connection: apsw.Connection) -> None:
+        answers = connection.execute(self._script).fetchall()
+        if answers != self._answers:
+            for (name, verdict), (found,), (expected,) in zip(self._meanings, answers, self._answers, strict=False):
+                if found != expected:
+                    raise VerdictError(verdict, f"{name} is {found}, not {expected}")
+            raise _unconfined(f"{len(answers)} pragmas answer, not {len(self._answers)}")
 
 
-# Answer with their value when they are set; the others are read.
+def _statements(name: str, value: str | int | None) -> Iterator[str]:
+    if value is not None:
+        yield f"PRAGMA {name}={value}"
+    if value is None or name not in _ANSWERING:
+        yield f"PRAGMA {name}"
+
+
 _ANSWERING = frozenset({"locking_mode", "journal_mode", "max_page_count", "mmap_size"})
+"""Answer with their value when they are set; the others are read."""
+
+_PREPARING: tuple[_Pragma, ...] = (
+    # Before the file is read: a killed runner's journal is then emptied after the rollback and not removed, which it could not be
+    # here. The lease has made us the only one already.
+    ("locking_mode", "EXCLUSIVE", "exclusive", Verdict.UNCONFINED),
+    ("temp_store", "MEMORY", 2, Verdict.UNCONFINED),
+    ("mmap_size", 0, 0, Verdict.UNCONFINED),
+    ("cell_size_check", 1, 1, Verdict.UNCONFINED),
+)
+"""Those that SQLite sets without a look at the file."""
+
+
+def _of_the_file(configuration: Configuration) -> tuple[_Pragma, ...]:
+    max_pages, cache_kib = configuration.max_pages, configuration.instance_bytes // 1024
+    return (
+        ("cache_size", -cache_kib, -cache_kib, Verdict.UNCONFINED),  # reads the file, the first that does
+        ("page_size", None, PAGE_BYTES, Verdict.DAMAGED),
+        ("journal_mode", "TRUNCATE", "truncate", Verdict.DAMAGED),
+        ("max_page_count", max_pages, max_pages, Verdict.DAMAGED),  # larger, when the file is
+        ("synchronous", "FULL", 2, Verdict.UNCONFINED),
+    )
+
 
 _pragmas: dict[Configuration, _Pragmas] = {}
 """Of the configuration at hand: a process has one."""
@@ -172,18 +234,18 @@ def _pragmas_of(configuration: Configuration) -> _Pragmas:
     found = _pragmas.get(configuration)
     if found is None:
         _pragmas.clear()
-        found = _pragmas[configuration] = _Pragmas(configuration)
+        found = _pragmas[configuration] = _Pragmas(_of_the_file(configuration))
     return found
 
 
-def _reduce_the_catalogue(database: Database, expired: Expired) -> None:
+def _reduce_the_catalogue(database: Database) -> None:
     database.connection.drop_modules(MODULES)
     overload = database.connection.overload_function
     for name in DENIED_FUNCTIONS:
         overload(name, -1)
 
 
-def _set_limits(database: Database, expired: Expired) -> None:
+def _set_limits(database: Database) -> None:
     limit = database.connection.limit
     for name, value in database.configuration.sqlite_limits.items():
         number = LIMIT_NUMBERS.get(name)
@@ -207,12 +269,17 @@ def _unconfined(message: str) -> VerdictError:
     return VerdictError(Verdict.UNCONFINED, message)
 
 
-STEPS: tuple[tuple[str, Callable[[Database, Expired], None]], ...] = (
-    ("clock", _watch_the_clock),
+PREPARING: tuple[tuple[str, Callable[[Database], None]], ...] = (
     ("switches", _set_switches),
-    ("pragmas", _set_pragmas),
+    ("settings", _set_pragmas),
     ("catalogue", _reduce_the_catalogue),
     ("limits", _set_limits),
+)
+"""What is done to a connection that has not read its file."""
+
+READING: tuple[tuple[str, Callable[[Database, Expired], None]], ...] = (
+    ("clock", _watch_the_clock),
+    ("pragmas", _set_pragmas_of_the_file),
     ("authorizer", _install_the_authorizer),
 )
-"""What opening does, in order. The authorizer is last, as it would refuse the pragmas."""
+"""What opening does then, in order. The authorizer is last, as it would refuse the pragmas."""

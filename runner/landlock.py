@@ -1,4 +1,4 @@
-"""Landlock: after `Restriction.apply` this process reads and writes the named files and touches nothing else by path.
+"""Landlock: after what `restriction` gives has run, this process reads and writes the named files and touches nothing else by path.
 
 Everything that the kernel's ABI can take away is handled, and only the named files get something back: read, write, truncate.
 They are rules on the files themselves, not on their folder, so nothing can be made, removed, renamed or listed anywhere. From
@@ -12,14 +12,13 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import stat
 import struct
 
 from . import syscalls
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 _CREATE_RULESET_VERSION = 1
 _RULE_PATH_BENEATH = 1
@@ -57,43 +56,44 @@ def _all_known(rights: dict[int, int], abi: int) -> int:
     return (1 << max((count for since, count in rights.items() if since <= abi), default=0)) - 1
 
 
-class Restriction:
-    """The files that a process is to be left with, everything made ready that can be before they exist."""
+def restriction(files: Sequence[str], abi: int) -> Callable[[], int]:
+    """What leaves this thread, and all it starts, nothing but the files; everything is made ready that can be before they exist.
 
-    __slots__ = ("_add", "_close", "_create", "_file", "_found", "_opens", "_restrict", "_ruleset", "_stat")
+    Needs an ABI of at least 1. What it gives returns 0, needs no_new_privs and raises OSError.
+    """
+    rights = handled(abi)
+    attributes = struct.pack("=QQQ", *rights)  # a kernel takes a longer struct than it knows, as long as the rest is zero
+    ruleset = ctypes.c_int()
+    create = syscalls.prepare("landlock_create_ruleset", attributes, len(attributes), 0)
+    how = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+    opens = tuple(syscalls.prepare("openat", _AT_FDCWD, path.encode() + b"\0", how) for path in files)
+    rule = ctypes.create_string_buffer(_RULE.pack(rights[0] & (_READ_FILE | _WRITE_FILE | _TRUNCATE), -1), _RULE.size)
+    file = ctypes.c_int.from_buffer(rule, 8)
+    found = ctypes.create_string_buffer(256)
+    look = syscalls.prepare("statx", file, b"\0", _AT_EMPTY_PATH, _STATX_TYPE | _STATX_NLINK, found)
+    add = syscalls.prepare("landlock_add_rule", ruleset, _RULE_PATH_BENEATH, rule, 0)
+    close = syscalls.prepare("close", file)
+    restrict = syscalls.prepare("landlock_restrict_self", ruleset, 0)
+    close_ruleset = syscalls.prepare("close", ruleset)
+    unpack = _STATX.unpack_from
+    failure = syscalls.failure
 
-    def __init__(self, files: Sequence[str], abi: int) -> None:
-        """Needs an ABI of at least 1."""
-        rights = handled(abi)
-        attributes = struct.pack("=QQQ", *rights)  # a kernel takes a longer struct than it knows, as long as the rest is zero
-        self._ruleset = ctypes.c_int()
-        self._create = syscalls.prepare("landlock_create_ruleset", attributes, len(attributes), 0)
-        how = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
-        self._opens = tuple((path, syscalls.prepare("openat", _AT_FDCWD, path.encode() + b"\0", how)) for path in files)
-        rule = ctypes.create_string_buffer(_RULE.pack(rights[0] & (_READ_FILE | _WRITE_FILE | _TRUNCATE), -1), _RULE.size)
-        self._file = ctypes.c_int.from_buffer(rule, 8)
-        self._found = ctypes.create_string_buffer(256)
-        self._stat = syscalls.prepare("statx", self._file, b"\0", _AT_EMPTY_PATH, _STATX_TYPE | _STATX_NLINK, self._found)
-        self._add = syscalls.prepare("landlock_add_rule", self._ruleset, _RULE_PATH_BENEATH, rule, 0)
-        self._close = syscalls.prepare("close", self._file)
-        self._restrict = syscalls.prepare("landlock_restrict_self", self._ruleset, 0)
+    def apply() -> int:
+        ruleset.value = created = create()
+        if created < 0:
+            raise failure("landlock_create_ruleset")
+        for open_file in opens:
+            file.value = descriptor = open_file()
+            if descriptor < 0 or look():
+                raise failure(files[opens.index(open_file)])
+            links, mode = unpack(found)
+            if links != 1 or mode & 0o170000 != 0o100000:
+                raise UnsuitableFileError(errno.EINVAL, f"{files[opens.index(open_file)]} is not a regular file with one link")
+            if add():
+                raise failure("landlock_add_rule")
+            close()
+        if restrict():
+            raise failure("landlock_restrict_self")
+        return close_ruleset()
 
-    def apply(self) -> int:
-        """Leave this thread, and all it starts, nothing but the files, and return 0. Needs no_new_privs. Raises OSError."""
-        self._ruleset.value = ruleset = self._create()
-        if ruleset < 0:
-            raise syscalls.failure("landlock_create_ruleset")
-        for path, open_file in self._opens:
-            self._file.value = descriptor = open_file()
-            if descriptor < 0 or self._stat():
-                raise syscalls.failure(path)
-            links, mode = _STATX.unpack_from(self._found)
-            if links != 1 or not stat.S_ISREG(mode):
-                raise UnsuitableFileError(errno.EINVAL, f"{path} is not a regular file with one link")
-            if self._add():
-                raise syscalls.failure("landlock_add_rule")
-            self._close()
-        if self._restrict():
-            raise syscalls.failure("landlock_restrict_self")
-        os.close(ruleset)
-        return 0
+    return apply

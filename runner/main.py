@@ -10,6 +10,7 @@ import gc
 import os
 import signal
 import sys
+from functools import partial
 from time import monotonic
 
 import apsw
@@ -17,6 +18,7 @@ import apsw
 from .answer import Exit, answer, read_build, read_request, refuse_self_test, reply_to, self_test
 from .configuration import Configuration, ConfigurationError
 from .confine import UnconfinedError, confine
+from .execute import run_request
 from .wire import Verdict, encode_failure
 
 TYPE_CHECKING = False
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from typing import NoReturn
 
     from .watchdog import Watchdog
+    from .wire import Request
 
 
 def main() -> NoReturn:
@@ -46,10 +49,10 @@ def serve() -> NoReturn:
         confine(configuration, watchdog.start)
     except (ConfigurationError, UnconfinedError) as refusal:
         answer(encode_failure(Verdict.UNCONFINED, str(refusal)), Exit.REFUSED)
-    frame = read_request(configuration)
+    frame = read_request(configuration.max_request_bytes)
     deadline = monotonic() + configuration.deadline_ms / 1000
     watchdog.arm(deadline)
-    reply = reply_to(frame, configuration, watchdog.guard, deadline)
+    reply = reply_to(frame, partial(_run, configuration, watchdog), lambda: monotonic() >= deadline)
     watchdog.claim_answer()
     answer(reply, Exit.ANSWERED)
 
@@ -64,7 +67,12 @@ def selftest() -> NoReturn:
         facts = confine(configuration, watchdog.start)
     except (ConfigurationError, UnconfinedError) as refusal:
         refuse_self_test(str(refusal))
-    self_test(configuration, facts, watchdog.guard, build)
+    deadline = monotonic() + configuration.deadline_ms / 1000
+    self_test(configuration, facts, partial(_run, configuration, watchdog), lambda: monotonic() >= deadline, build)
+
+
+def _run(configuration: Configuration, watchdog: Watchdog, request: Request, expired: Callable[[], bool]) -> bytes:
+    return run_request(request, configuration, expired, watchdog.guard)
 
 
 def watchdog_for(give_up: Callable[[], NoReturn], forsake: Callable[[], NoReturn] | None = None) -> Watchdog:

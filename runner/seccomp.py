@@ -30,6 +30,7 @@ _LOAD, _AND, _RETURN = 0x20, 0x54, 0x06
 _JUMP_EQUAL, _JUMP_AT_LEAST = 0x15, 0x35
 _NUMBER, _ARCH, _ARGUMENTS = 0, 4, 16  # offsets in struct seccomp_data
 _X32_BIT = 0x40000000
+_HEADER = struct.Struct("@HP")  # struct sock_fprog: how many instructions, and where; here they follow it
 
 Instruction = tuple[int, int, int, int]
 """Code, jump if true, jump if false, operand: struct sock_filter."""
@@ -71,17 +72,18 @@ def _check(argument: syscalls.Argument, otherwise: int) -> list[Instruction]:
 class Filter:
     """A program laid out for the kernel."""
 
-    __slots__ = ("_call", "_code")
+    __slots__ = ("call",)
 
     def __init__(self, program: list[Instruction]) -> None:
         code = b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
-        self._code = ctypes.create_string_buffer(code, len(code))
-        header = struct.pack("@HP", len(program), ctypes.addressof(self._code))
-        self._call = syscalls.prepare("seccomp", _SET_MODE_FILTER, _FLAG_TSYNC, header)
+        header = ctypes.create_string_buffer(bytes(_HEADER.size) + code, _HEADER.size + len(code))
+        _HEADER.pack_into(header, 0, len(program), ctypes.addressof(header) + _HEADER.size)
+        self.call = syscalls.prepare("seccomp", _SET_MODE_FILTER, _FLAG_TSYNC, header)
+        """Put it on this thread and all others, for good; gives 0. Needs no_new_privs."""
 
     def install(self) -> int:
-        """Put it on this thread and all others, for good, and return 0. Needs no_new_privs. Raises OSError, all unfiltered."""
-        result = self._call()
+        """As `call`; raises OSError, all unfiltered."""
+        result = self.call()
         if result < 0:
             raise syscalls.failure("seccomp")
         if result:

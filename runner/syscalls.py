@@ -57,7 +57,8 @@ def _only_flags(index: int, allowed: int, required: int = 0) -> Argument:
 
 ALLOWED: tuple[Group, ...] = (
     Group(
-        "SQLite reads and writes its pages, asks for its locks and looks for a journal", ("pwrite64", "pread64", "fcntl", "stat")
+        "SQLite reads and writes its pages and looks for a journal; a lock keeps others away",
+        ("pwrite64", "pread64", "fcntl", "stat"),
     ),
     Group("the request comes and the reply goes through descriptors 0 and 1", ("read", "write")),
     Group("memory of malloc and of the interpreter", ("brk", "mmap", "munmap", "mprotect", "mremap", "madvise")),
@@ -66,7 +67,7 @@ ALLOWED: tuple[Group, ...] = (
         "SQLite opens, measures, shortens and syncs its two files",
         ("openat", "close", "fstat", "lstat", "newfstatat", "lseek", "ftruncate", "fdatasync", "fsync"),
     ),
-    Group("SQLite asks at each lock and each new file who it is", ("getpid", "geteuid")),
+    Group("SQLite asks at each new file who it is", ("getpid", "geteuid")),
     Group("clocks, where the vDSO cannot answer", ("clock_gettime", "gettimeofday")),
     Group("randomness for the interpreter", ("getrandom",)),
     Group(
@@ -83,7 +84,7 @@ REFUSED: tuple[Group, ...] = (
 )
 """Answered EPERM instead of ending the process: SQLite asks, and takes no for an answer."""
 
-_F_GETFD, _F_SETFD, _F_GETFL, _F_GETLK, _F_SETLK = 1, 2, 3, 5, 6
+_F_GETFD, _F_SETFD, _F_GETFL, _F_OFD_SETLK = 1, 2, 3, 37
 _PROT_READ, _PROT_WRITE = 1, 2
 _MAP_PRIVATE, _MAP_FIXED, _MAP_ANONYMOUS, _MAP_NORESERVE, _MAP_STACK = 0x02, 0x10, 0x20, 0x4000, 0x20000
 _MADV_DONTNEED, _MADV_FREE = 4, 8
@@ -104,8 +105,8 @@ ARGUMENTS: dict[str, tuple[Argument, ...]] = {
     "madvise": (Argument(2, _LOW_WORD, (_MADV_DONTNEED, _MADV_FREE)),),
     # Waits and wakes. Priority inheritance and requeueing, unused by glibc's locks, have a history of kernel holes.
     "futex": (Argument(1, _LOW_WORD & ~_FUTEX_OPTIONS, (_FUTEX_WAIT, _FUTEX_WAKE, _FUTEX_WAIT_BITSET, _FUTEX_WAKE_BITSET)),),
-    # POSIX locks and the plain flags; no duplicates, leases, notifications, seals or signals.
-    "fcntl": (Argument(1, _LOW_WORD, (_F_SETLK, _F_GETLK, _F_GETFL, _F_GETFD, _F_SETFD)),),
+    # The lock on the database and the plain flags; no duplicates, leases, notifications, seals or signals.
+    "fcntl": (Argument(1, _LOW_WORD, (_F_OFD_SETLK, _F_GETFL, _F_GETFD, _F_SETFD)),),
     # SQLite's own flags. It passes O_CREAT for the journal, which exists; the creation itself is Landlock's to refuse.
     "openat": (
         Argument(0, _LOW_WORD, (_AT_FDCWD,)),
@@ -208,23 +209,28 @@ _syscall = _libc.syscall
 _syscall.restype = ctypes.c_long
 
 
-def prepare(name: str, *arguments: Passed) -> Callable[[], int]:
+def prepare(name: str, *arguments: Passed) -> Callable[..., int]:
     """One system call, its arguments laid out beforehand: making it touches next to no memory.
 
-    It gives the call's result, or -1; `failure` says what that was. Bytes are passed by address, in a copy that the kernel may
-    write to; a buffer's or c_int's content may change from call to call. A process that was just cloned pays 1.8 µs for each page
-    that it writes to for the first time, and with reference counts to look is to write.
+    It gives the call's result, or -1; `failure` says what that was. More arguments may be passed to it, as they are. Bytes are
+    passed by address, in a copy that the kernel may write to; a buffer's or c_int's content may change from call to call. A
+    process that was just cloned pays 1.8 µs for each page that it is the first to write, and with reference counts to look is to
+    write.
     """
     called = number(name, machine())
     if called is None:
         raise UnsupportedMachineError(f"{name} does not exist on {machine()}")
-    return partial(_syscall, ctypes.c_long(called), *map(_laid_out, arguments))
+    return partial(_syscall, called, *map(_laid_out, arguments))
 
 
-def _laid_out(value: Passed) -> ctypes.Array[ctypes.c_char] | ctypes.c_int | ctypes.c_long | None:
+def _laid_out(value: Passed) -> ctypes.Array[ctypes.c_char] | ctypes.c_int | int | None:
     if isinstance(value, bytes):
         return ctypes.create_string_buffer(value, len(value))
-    return ctypes.c_long(value) if isinstance(value, int) else value
+    if not isinstance(value, int):
+        return value
+    if not -(2**31) <= value < 2**32:
+        raise OverflowError(f"{value} is more than ctypes takes for an int")
+    return value & _LOW_WORD  # as the same int, for which a negative one takes it an exception
 
 
 def failure(name: str) -> OSError:

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import struct
 from enum import StrEnum
 from json.encoder import encode_basestring
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 VERSION = 1
 LENGTH_BYTES = 4
+_LENGTH = struct.Struct("!I")
 MAX_MESSAGE_CHARACTERS = 1000
 
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
@@ -85,7 +87,7 @@ def read_frame(descriptor: int, max_bytes: int) -> bytes:
     """The inside of one frame. Raises NoRequestError at an early end, VerdictError for a length that is not allowed."""
     # All of most requests in one read. What would follow the frame is not looked at, here or ever.
     data = _read_until(descriptor, LENGTH_BYTES, b"", _FIRST_READ_BYTES)
-    length = int.from_bytes(data[:LENGTH_BYTES], "big")
+    (length,) = _LENGTH.unpack_from(data)
     if not 1 <= length <= max_bytes:
         raise VerdictError(Verdict.REQUEST_INVALID, f"a frame of {length} bytes; 1 to {max_bytes} are allowed")
     end = LENGTH_BYTES + length
@@ -277,7 +279,7 @@ class RowEncoder:
         self._max_bytes = max_bytes
         self._long_characters = 0
         self._write: dict[type, Callable[[Any], str]] = {
-            type(None): lambda _: "null",
+            type(None): _null_json,
             int: '"{}"'.format if int64_as_string else repr,
             float: _real_json,
             str: self._text_json,
@@ -308,6 +310,10 @@ class RowEncoder:
         self._long_characters += length
         if self._long_characters > self._max_bytes:
             raise ResultFullError
+
+
+def _null_json(_: None) -> str:
+    return "null"
 
 
 def _real_json(value: float) -> str:

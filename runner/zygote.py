@@ -3,7 +3,8 @@
 It never reads a tenant's byte. The child that waits reads one packet from the work socket, with two descriptors in it: the
 request's socket, and a mount of one instance's volume that is attached nowhere yet. Child and zygote have no other tie.
 
-    zygote   user and mount namespaces and an empty read-only root of its own; keeps nothing but its sockets. `STEPS`, once
+    zygote   user and mount namespaces and an empty read-only root of its own; prepares one connection on an empty file that it then
+             closes; keeps nothing but its sockets. `STEPS`, once
     child    fresh user, mount, pid, ipc and uts namespaces; waits. Then child.STEPS: hangs the volume into the empty root, gives up
              everything, reads the request, answers, ends
 
@@ -31,6 +32,7 @@ from . import child, cloning, confine, syscalls
 from .answer import Exit, read_build
 from .child import HEADER, Inbox
 from .confine import DATA, UnconfinedError
+from .database import PATH, prepare
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from typing import NoReturn
 
     from .configuration import Configuration
+    from .database import Database
 
 ADDRESS = "/slot.sock"
 
@@ -45,8 +48,8 @@ _READY, _REFUSED, _KILL, _ENDED = 2, 3, 5, 6
 _REPORT = struct.Struct("!BBxxIi")
 _KILLED_FOR_MEMORY = 1
 
-# Fixed places, below everything else that is ever open.
-_CONTROL, _WORK, _TAKEN, _MEMORY_EVENTS, _FIRST_FREE = 3, 4, 5, 6, 7
+# Fixed places, below everything else that is ever open but the pidfd: that is where a child has its database.
+_CONTROL, _WORK, _TAKEN, _MEMORY_EVENTS, _FIRST_FREE = 4, 5, 6, 7, 8
 
 _AF_UNIX, _SOCK_SEQPACKET, _MSG_DONTWAIT, _MSG_NOSIGNAL = 1, 5, 0x40, 0x4000
 _POLLIN = 1
@@ -65,13 +68,14 @@ def live(configuration: Configuration) -> NoReturn:
     connect()
     entropy = cloning.Entropy()
     facts = confine.Facts()
+    order = Order(configuration)
     try:
         for name, step in STEPS:
-            confine.total(name, step, configuration)
+            confine.total(name, step, order)
             facts.steps += (name,)
         inbox = Inbox(_WORK)
         plan = child.plan(child.Order(configuration, facts, inbox, _TAKEN))
-        clone = Clone(child.child(configuration, inbox, plan, facts, read_build()))
+        clone = Clone(child.child(order.database, inbox, plan, facts, read_build()))
         confine.total("root", _pivot)
     except UnconfinedError as refusal:
         _refuse(str(refusal))
@@ -103,21 +107,34 @@ def connect() -> None:
     out_of_the_way = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, _FIRST_FREE) for descriptor in sources]
     for place, descriptor in zip((_CONTROL, _WORK, _TAKEN, _MEMORY_EVENTS), out_of_the_way, strict=True):
         os.dup2(descriptor, place)
-    syscalls.invoke("close_range", _FIRST_FREE, 0xFFFFFFFF, 0)
+    for first, last in ((child.DATABASE, child.DATABASE), (_FIRST_FREE, 0xFFFFFFFF)):
+        syscalls.invoke("close_range", first, last, 0)
 
 
 # --- its own steps, once
 
 
-def _process(configuration: Configuration) -> None:
+class Order:
+    """What the steps are for, and what they make."""
+
+    __slots__ = ("configuration", "database")
+
+    database: Database
+    """Prepared, and without a file: its descriptor is nobody's here, and the tenant's in a child."""
+
+    def __init__(self, configuration: Configuration) -> None:
+        self.configuration = configuration
+
+
+def _process(order: Order) -> None:
     confine.check_process()
 
 
-def _limits(configuration: Configuration) -> None:
-    confine.limit(confine.lasting_limits(configuration))
+def _limits(order: Order) -> None:
+    confine.limit(confine.lasting_limits(order.configuration))
 
 
-def _namespaces(configuration: Configuration) -> None:
+def _namespaces(order: Order) -> None:
     """A user namespace in which it may mount, and within which its children's are made. Nobody but its own user exists there."""
     uid, gid = os.getuid(), os.getgid()
     syscalls.invoke("unshare", _CLONE_NEWUSER | _CLONE_NEWNS)
@@ -126,14 +143,34 @@ def _namespaces(configuration: Configuration) -> None:
             file.write(text)
 
 
-def _root(configuration: Configuration) -> None:
-    """An empty file system for the place of the image's, with a place for the volume; before it is sealed, it serves to warm up."""
-    flags = _MS_NOSUID | _MS_NODEV | _MS_NOEXEC
-    syscalls.invoke("mount", b"root\0", f"{DATA}\0".encode(), b"tmpfs\0", flags, b"size=4m,mode=755\0")
-    os.mkdir(f"{DATA}{DATA}")
-    cloning.warm_up(configuration, f"{DATA}{DATA}")
+_SEALED = _MS_NOSUID | _MS_NODEV | _MS_NOEXEC
+
+
+def _database(order: Order) -> None:
+    """Warm up, and prepare the children's connection on an empty file in the tenant's place; then that is gone for good.
+
+    Nothing has been read of it: SQLite meets the tenant's file as it would have met it at the opening.
+    """
+    _mount_tmpfs()
+    cloning.warm_up(order.configuration, PATH)
+    os.close(os.open(PATH, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    order.database = prepare(order.configuration)
+    if os.readlink(f"/proc/self/fd/{child.DATABASE}") != PATH:
+        raise UnconfinedError(f"SQLite has not opened its file as descriptor {child.DATABASE}")
+    os.close(child.DATABASE)
+    syscalls.invoke("umount2", f"{DATA}\0".encode(), 0)  # which it can't be while anything in it is open
+
+
+def _root(order: Order) -> None:
+    """An empty file system for the place of the image's, with a place for the volume."""
     cloning.enlarge_the_text()
-    syscalls.invoke("mount", None, f"{DATA}\0".encode(), None, flags | _MS_REMOUNT | _MS_RDONLY, None)
+    _mount_tmpfs()
+    os.mkdir(f"{DATA}{DATA}")
+    syscalls.invoke("mount", None, f"{DATA}\0".encode(), None, _SEALED | _MS_REMOUNT | _MS_RDONLY, None)
+
+
+def _mount_tmpfs() -> None:
+    syscalls.invoke("mount", b"root\0", f"{DATA}\0".encode(), b"tmpfs\0", _SEALED, b"size=4m,mode=755\0")
 
 
 def _pivot() -> None:
@@ -146,14 +183,15 @@ def _pivot() -> None:
         raise UnconfinedError("the root is not empty")
 
 
-def _privileges(configuration: Configuration) -> None:
+def _privileges(order: Order) -> None:
     confine.renounce_privileges()
 
 
-STEPS: tuple[tuple[str, Callable[[Configuration], None]], ...] = (
+STEPS: tuple[tuple[str, Callable[[Order], None]], ...] = (
     ("process", _process),
     ("limits", _limits),
     ("namespaces", _namespaces),
+    ("database", _database),
     ("root", _root),
     ("privileges", _privileges),
 )
@@ -189,12 +227,15 @@ class Clone:
 
     def ever(self) -> NoReturn:
         """One after the other, until the control closes. It sleeps at once: what it writes to while a child lives is copied."""
-        clone, sleep = self._clone, self._sleep
+        clone, serve, sleep = self._clone, self._serve, self._sleep
         run = untaken = 0
         while True:
             pid = clone()
             if not pid:
-                self._be_the_child()
+                try:
+                    serve()
+                finally:
+                    os._exit(Exit.REFUSED)
             if not run:
                 self._begin(pid)
                 run = 1
@@ -223,12 +264,6 @@ class Clone:
                 untaken += 1
                 if untaken == _MOST_UNTAKEN:
                     sys.exit("children die before they take a run")
-
-    def _be_the_child(self) -> NoReturn:
-        try:
-            self._serve()
-        finally:
-            os._exit(Exit.REFUSED)
 
     def _begin(self, pid: int) -> None:
         if pid < 0:

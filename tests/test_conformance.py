@@ -23,6 +23,7 @@ import pytest
 from gateway.launcher.specification import runner_configuration
 from gateway.protocol import Verdict
 from gateway.settings import Settings
+from runner import child
 
 from .containers import Probes
 from .engines import ENTRY, Contained, contained
@@ -203,6 +204,10 @@ def landlock_closes_the_root(seen: Seen) -> bool:
     return (seen.before["/"], seen.after["/"]) == ("done", "EACCES")
 
 
+def three_descriptors_and_then_the_databases(seen: Seen) -> bool:
+    return seen.before["descriptors"] == [0, 1, 2] and seen.after["descriptors"] == [0, 1, 2, child.DATABASE]
+
+
 def its_environment_is_empty(seen: Seen) -> bool:
     return bool(seen.before["environment"] == {})
 
@@ -257,6 +262,7 @@ OF_A_CHILD: dict[str, Callable[[Seen], bool]] = {
     no_interface_but_lo_no_route_and_no_socket.__name__: no_interface_but_lo_no_route_and_no_socket_but_a_local_one,
     landlock_is_in_force.__name__: landlock_closes_the_root,
     the_environment_is_the_configuration_alone.__name__: its_environment_is_empty,
+    three_descriptors_and_no_more.__name__: three_descriptors_and_then_the_databases,
     no_other_process_is_visible.__name__: it_is_alone_in_its_pid_namespace,
     no_device_but_the_harmless.__name__: there_is_no_device,
     the_user_is_nobody_in_particular.__name__: it_is_nobody_even_to_itself,

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import apsw
 import pytest
 
-from runner.database import open_database
+from runner.database import hold, open_database, prepare
+from runner.execute import run_prepared
+from runner.failures import verdict_of
 from runner.policy import CONFIG_FLAGS, LIMITS, MODULES
-from runner.wire import Verdict, VerdictError
+from runner.wire import Request, Verdict, VerdictError
 
 from .runner_database import TenantDatabase
 
@@ -112,6 +116,128 @@ def test_a_file_in_wal_mode_goes_back_to_a_mode_that_makes_no_files_or_is_refuse
     assert reply["verdict"] in {"ok", "damaged"}, reply
 
 
+def ordinary(tenant):
+    tenant.run("CREATE TABLE t(a); INSERT INTO t VALUES (1)")
+
+
+def no_database(tenant):
+    tenant.path.write_bytes(b"not a database\n" * 1000)
+
+
+def newer_format(tenant):
+    ordinary(tenant)
+    overwrite(tenant, 18, b"\x03")
+
+
+def wal_mode(tenant):
+    ordinary(tenant)
+    overwrite(tenant, 18, b"\x02\x02")
+
+
+def other_page_size(tenant):
+    connection = apsw.Connection(str(tenant.path))
+    connection.execute("PRAGMA page_size=512; CREATE TABLE t(a)").fetchall()
+    connection.close()
+    tenant.journal.touch()
+
+
+def reserved_bytes(tenant):
+    connection = apsw.Connection(str(tenant.path))
+    connection.reserve_bytes(reserve=32)
+    connection.execute("CREATE TABLE t(a); VACUUM").fetchall()
+    connection.close()
+    tenant.journal.touch()
+
+
+def utf_16(tenant):
+    connection = apsw.Connection(str(tenant.path))
+    connection.execute("PRAGMA encoding='UTF-16le'; PRAGMA auto_vacuum=FULL; CREATE TABLE t(a)").fetchall()
+    connection.close()
+    tenant.journal.touch()
+
+
+def too_many_pages(tenant):
+    ordinary(tenant)
+    overwrite(tenant, 11 << 20, b"x" * 4096)
+    overwrite(tenant, 28, (tenant.path.stat().st_size // 4096).to_bytes(4, "big"))
+
+
+def as_if_never_changed(tenant):
+    """Change counter, size, freelist and schema cookie are what an empty file's are."""
+    ordinary(tenant)
+    overwrite(tenant, 24, bytes(20))
+
+
+def hot_journal(tenant):
+    ordinary(tenant)
+    connection = apsw.Connection(str(tenant.path))
+    connection.execute("PRAGMA journal_mode=TRUNCATE; PRAGMA cache_size=1; PRAGMA cache_spill=1; BEGIN").fetchall()
+    connection.execute(
+        "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c LIMIT 90) INSERT INTO t SELECT zeroblob(4000) FROM c"
+    )
+    content = tenant.path.read_bytes(), tenant.journal.read_bytes()
+    connection.close(True)
+    tenant.path.write_bytes(content[0])
+    tenant.journal.write_bytes(content[1])
+    assert len(content[0]) > 1 << 16
+    assert content[1][0]
+
+
+def overwrite(tenant, offset, content):
+    with tenant.path.open("r+b") as file:
+        file.seek(offset)
+        file.write(content)
+
+
+@pytest.mark.parametrize(
+    "lay_out",
+    [lambda _: None, ordinary, no_database, newer_format, wal_mode, other_page_size, reserved_bytes, utf_16, too_many_pages,
+     as_if_never_changed, hot_journal],
+)  # fmt: skip
+def test_a_connection_that_was_prepared_on_an_empty_file_meets_the_tenants_as_if_it_had_opened_it(tmp_path, lay_out):
+    outcomes = []
+    for run in (TenantDatabase.run, run_on_a_prepared_connection):
+        folder = tmp_path / run.__name__
+        folder.mkdir()
+        tenant = TenantDatabase(folder)
+        lay_out(tenant)
+        replies = [run(tenant, sql) for sql in ("SELECT * FROM t", "CREATE TABLE u(b); INSERT INTO u VALUES (2)", "VACUUM")]
+        outcomes.append((replies, tenant.path.read_bytes(), tenant.journal.read_bytes()))
+    assert outcomes[0] == outcomes[1]
+
+
+def run_on_a_prepared_connection(tenant, sql):
+    aside = tenant.path.rename(tenant.path.with_name("aside"))
+    tenant.path.touch()
+    database = prepare(tenant.configuration, str(tenant.path))
+    links = {path.name: path.readlink() for path in Path("/proc/self/fd").iterdir() if path.is_symlink()}
+    (descriptor,) = (int(name) for name, link in links.items() if link == tenant.path)
+    aside.rename(tenant.path)
+    opened = os.open(tenant.path, os.O_RDWR | os.O_CLOEXEC)
+    os.dup2(opened, descriptor, inheritable=False)
+    os.close(opened)
+    hold(descriptor)
+    try:
+        reply = run_prepared(Request(sql, None, False), database, lambda: False)
+    except Exception as error:
+        verdict = verdict_of(error, None, 0)
+        return {"verdict": verdict.verdict, **({"message": verdict.message} if verdict.message else {})}
+    finally:
+        database.close()
+    return {name: value for name, value in json.loads(reply).items() if name != "v"}
+
+
+def test_M13_a_file_that_is_held_is_kept_from_every_other_runner_until_it_is_closed(tenant):
+    first = prepare(tenant.configuration, str(tenant.path))
+    first.hold_the_file()
+    second = prepare(tenant.configuration, str(tenant.path))
+    with pytest.raises(BlockingIOError):
+        second.hold_the_file()
+    first.close()
+    second.hold_the_file()
+    second.close()
+
+
 KILLED = """
 import os, sys
 from pathlib import Path
@@ -122,7 +248,7 @@ tenant.limited(instance_bytes=10 << 20)
 import runner.database
 def small_cache(database, expired):  # pages reach the file before the commit, so the journal is hot
     database.connection.pragma("cache_size", 10)
-runner.database.STEPS = (*runner.database.STEPS[:-1], ("small cache", small_cache), runner.database.STEPS[-1])
+runner.database.READING = (*runner.database.READING[:-1], ("small cache", small_cache), runner.database.READING[-1])
 steps = 0
 import runner.execute
 def expired():
@@ -211,7 +337,7 @@ def test_a_database_that_another_process_holds_is_a_defect_of_ours(tenant):
     tenant.run("CREATE TABLE t(a)")
     connection = apsw.Connection(str(tenant.path))
     connection.execute("BEGIN EXCLUSIVE")
-    assert tenant.run("SELECT * FROM t") == {"verdict": "internal", "message": "BusyError"}
+    assert tenant.run("SELECT * FROM t") == {"verdict": "internal", "message": "BlockingIOError"}
     connection.close()
 
 

@@ -27,6 +27,7 @@ from runner import child, zygote
 from .containers import SLOT_PROFILE, profile_with
 from .engines import Contained, Opened, Run, contained, leaving_out, processes_that_see, processes_where
 from .launcher_harness import eventually, frame, unframe
+from .probes.looks import mounts
 
 FRESH = ("user", "mnt", "pid", "ipc", "uts")
 OF_THE_SLOT = ("net", "cgroup")
@@ -211,12 +212,25 @@ async def test_however_a_child_ends_its_slot_is_clean(here: Contained, end: str)
         assert sorted(mounts) == sorted(processes)
 
 
-async def test_the_zygote_keeps_its_fixed_descriptors_and_its_childs(here: Contained) -> None:
-    async with here.open() as slot:
-        await slot.run({"do": "idle"})
+async def test_the_zygote_keeps_its_fixed_descriptors_and_its_childs_in_place_of_the_databases(production: Contained) -> None:
+    """Of the file on which the children's connection was prepared nothing is left that a tenant's byte could get into."""
+    async with production.open() as slot:
+        await slot.run(request("CREATE TABLE t(a); INSERT INTO t VALUES (1)"))
         await waiting_child(slot)
-        found = Traces(slot).descriptors_of_the_zygote
-    assert found == [str(number) for number in range(zygote._FIRST_FREE + 1)]
+        folder = Path(f"/proc/{slot.zygote()}/fd")
+        found = {int(path.name): os.readlink(path) for path in folder.iterdir()}
+        kinds = [mount["type"] for mount in mounts(f"/proc/{slot.zygote()}")]
+    assert found.keys() == {*range(zygote._FIRST_FREE)}
+    assert found[child.DATABASE] == "anon_inode:[pidfd]"
+    assert not any("db.sqlite" in link for link in found.values())
+    assert kinds == ["tmpfs"]
+
+
+async def test_a_child_without_a_tenants_file_has_none(here: Contained) -> None:
+    """Its connection's descriptor is closed then, not the zygote's file or another tenant's."""
+    order = {"do": "ask_early", "sql": "SELECT 1"}
+    async with here.open() as slot:
+        assert (await slot.run(order)).report == "internal"
 
 
 async def test_a_run_that_is_killed_before_a_child_took_it_is_thrown_away_with_its_volume(here: Contained) -> None:
@@ -344,8 +358,8 @@ async def test_the_self_test_tells_every_step_in_its_order(production: Contained
     async with production.open() as slot:
         confinement = json.loads((await slot.run(b"", command="selftest")).output)["confinement"]
     assert confinement["steps"] == [name for name, _ in (*zygote.STEPS, *child.STEPS)] == [
-        *("process", "limits", "namespaces", "root", "privileges"),
-        *("run", "volume", "descriptors", "capabilities", "landlock", "limits", "seccomp"),
+        *("process", "limits", "namespaces", "database", "root", "privileges"),
+        *("run", "volume", "descriptors", "capabilities", "landlock", "database", "limits", "seccomp"),
     ]  # fmt: skip
     assert confinement["seccomp_syscalls"] <= 40
     assert confinement["landlock_abi"] >= 3
@@ -416,7 +430,8 @@ async def test_a_kernel_without_landlock_is_refused_by_the_zygote(production: Co
 
 
 async def test_a_planted_database_is_refused_by_the_child(production: Contained) -> None:
-    instance, volume = production.new_volume()
+    instance, found = production.new_volume()
+    volume = Path(found)
     (volume / "db.sqlite").unlink()
     (volume / "db.sqlite").symlink_to("db.sqlite-journal")
     async with production.open() as slot:

@@ -89,7 +89,7 @@ def slot_specification(
     settings: Settings, slot: str, socket: Path, deployment: str, seccomp_profile: str, *, apparmor: bool
 ) -> dict[str, Any]:
     """The exact body of a slot container: a runner's, without a volume. Its way to the world is the launcher's socket."""
-    return _body(
+    body = _body(
         settings,
         "zygote",
         {LABEL_ROLE: "slot", LABEL_DEPLOYMENT: deployment, LABEL_SLOT: slot},
@@ -104,6 +104,9 @@ def slot_specification(
         },
         talks=False,
     )
+    # Else each child would look up anew, in every library, each function that its zygote has not called.
+    body["Env"].append("LD_BIND_NOW=1")
+    return body
 
 
 def _body(

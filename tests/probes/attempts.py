@@ -157,7 +157,7 @@ def restrict_at_every_abi(scene: Scene) -> None:
         child = os.fork()
         if child == 0:
             syscalls.invoke("prctl", 38, 1, 0, 0, 0)
-            landlock.Restriction(confine.FILES, abi).apply()
+            landlock.restriction(confine.FILES, abi)()
             read_write_and_truncate_both_files(scene)
             try:
                 os.listdir("/data")

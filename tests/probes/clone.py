@@ -30,7 +30,9 @@ import layers
 from attempts import call
 
 from runner import child, cloning, confine, main, syscalls, zygote
-from runner.execute import run_request
+from runner.database import Database, hold
+from runner.execute import run_prepared
+from runner.failures import verdict_of
 from runner.wire import Request
 
 TOLD = json.loads(os.environ.get("MAYFLY_PROBE", "{}"))
@@ -54,13 +56,13 @@ def keep_the_root_writable() -> None:
 
 
 def leave_something_in_the_root() -> None:
-    warm_up = cloning.warm_up
+    mkdir = os.mkdir
 
-    def warm_up_and_leave(configuration: Any, folder: str) -> None:
-        warm_up(configuration, folder)
-        os.mkdir(f"{folder}/left")
+    def make_and_leave(path: str) -> None:
+        mkdir(path)
+        mkdir(f"{path}/left")
 
-    cloning.warm_up = warm_up_and_leave
+    os.mkdir = make_and_leave  # type: ignore[assignment]
 
 
 LEFT_OUT: dict[str, Callable[[], None]] = {
@@ -74,8 +76,8 @@ LEFT_OUT: dict[str, Callable[[], None]] = {
 class Life:
     """One child's: its order, and the steps it has before it."""
 
-    def __init__(self, configuration: Any, operations: dict[str, tuple[Any, ...]], cgroup: dict[str, Any]) -> None:
-        self.configuration = configuration
+    def __init__(self, database: Database, operations: dict[str, tuple[Any, ...]], cgroup: dict[str, Any]) -> None:
+        self.database = database
         self.order: dict[str, Any] = {}
         self.cgroup = cgroup
         self._operations = operations
@@ -146,8 +148,18 @@ def layer(life: Life) -> Any:
 def ask(life: Life) -> Any:
     """`sql`, in a child that has taken every step."""
     life.take_all()
-    reply = run_request(Request(life.order["sql"], None, False), life.configuration, lambda: False, lambda _: None)
+    hold(child.DATABASE)
+    reply = run_prepared(Request(life.order["sql"], None, False), life.database, lambda: False)
     return json.loads(reply)["rows"]
+
+
+def ask_early(life: Life) -> Any:
+    """`sql`, in a child that has given up the zygote's descriptors and has not opened its own."""
+    life.take("volume", "descriptors")
+    try:
+        return json.loads(run_prepared(Request(life.order["sql"], None, False), life.database, lambda: False))
+    except Exception as error:
+        return verdict_of(error, None, 0).verdict
 
 
 def draw(life: Life) -> Any:
@@ -225,7 +237,10 @@ def die(life: Life) -> None:
 
 ORDERS: dict[str, Callable[[Life], Any]] = {
     **dict.fromkeys(("eat", "multiply", "breed", "burn"), as_in_conformance),
-    **{order.__name__: order for order in (survey, attack, layer, ask, draw, mark, idle, attempt, linger, come_back, throw, die)},
+    **{
+        order.__name__: order
+        for order in (survey, attack, layer, ask, ask_early, draw, mark, idle, attempt, linger, come_back, throw, die)
+    },
 }
 
 
@@ -351,14 +366,14 @@ ATTEMPTS: dict[str, Callable[[], None]] = {
 
 
 def serve_orders(
-    configuration: Any, inbox: child.Inbox, plan: tuple[Any, ...], facts: confine.Facts, build: Any
+    database: Database, inbox: child.Inbox, plan: tuple[Any, ...], facts: confine.Facts, build: Any
 ) -> Callable[[], None]:
     """What stands in the place of runner.child.child."""
     operations = {name: tuple(operation for operation in plan if operation[2] == name) for name, _ in child.STEPS}
     cgroup = conformance.cgroup()
 
     def serve() -> None:
-        life = Life(configuration, operations, cgroup)
+        life = Life(database, operations, cgroup)
         try:
             life.take("run")
             life.order = json.loads(conformance.read_line())

@@ -10,4 +10,4 @@ PER_LINUX32 = 0x0008
 
 if ctypes.CDLL(None, use_errno=True).personality(PER_LINUX32) < 0:
     sys.exit("the container's profile has no personality")
-os.execv(sys.executable, [sys.executable, "-I", "-S", "-B", "/opt/mayfly", *sys.argv[1:]])
+os.execv(sys.executable, [sys.executable, "-I", "-S", "-B", "/opt/mayfly/__main__.pyc", *sys.argv[1:]])

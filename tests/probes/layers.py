@@ -5,7 +5,7 @@ object on standard output, {"outcome": …}: what the attack got, the name of an
 
     attack         a name from ATTACKS; what else it reads is said there
     steps          names from runner.confine.STEPS, applied between the attack's preparation and the attack
-    opening        names from runner.database.STEPS, taken when the database is opened
+    opening        names from runner.database.PREPARING and READING, taken when the database is opened
     configuration  what differs from MAYFLY_RUNNER
 """
 
@@ -60,7 +60,8 @@ def ask(scene: Scene) -> Act:
     """`sql`, on a connection that is `given` what production's has not; `interrupts`: the watchdog knows the connection."""
     order = scene.order
     given = tuple((name, GIFTS[name](scene)) for name in order.get("given", ()))
-    database.STEPS = (*given, *(step for step in database.STEPS if step[0] in order["opening"]))
+    database.PREPARING = (*given, *(step for step in database.PREPARING if step[0] in order["opening"]))
+    database.READING = tuple(step for step in database.READING if step[0] in order["opening"])
 
     def act() -> Any:
         deadline = monotonic() + scene.configuration.deadline_ms / 1000
@@ -81,13 +82,13 @@ def give_a_reader_of_files(scene: Scene) -> Callable[..., None]:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         return os.read(descriptor, MOST_BYTES)
 
-    return lambda database, expired: database.connection.create_scalar_function("readfile", readfile)
+    return lambda database: database.connection.create_scalar_function("readfile", readfile)
 
 
 def give_extensions(scene: Scene) -> Callable[..., None]:
     """Where they are compiled in."""
 
-    def allow(database: database.Database, expired: Any) -> None:
+    def allow(database: database.Database) -> None:
         if hasattr(database.connection, "enable_load_extension"):
             database.connection.enable_load_extension(True)
 
@@ -103,7 +104,7 @@ def give_an_end(scene: Scene) -> Callable[..., None]:
         scene.outlived = process_time() >= end
         return not scene.outlived
 
-    return lambda database, expired: database.connection.create_scalar_function("running", running)
+    return lambda database: database.connection.create_scalar_function("running", running)
 
 
 GIFTS = {"readfile": give_a_reader_of_files, "extensions": give_extensions, "end": give_an_end}

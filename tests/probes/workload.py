@@ -18,7 +18,7 @@ WITHOUT_END = "with recursive n(i) as (select 1 union all select i + 1 from n) "
 
 
 def connect() -> apsw.Connection:
-    connection = apsw.Connection("/data/db.sqlite", flags=apsw.SQLITE_OPEN_READWRITE)
+    connection = apsw.Connection("/data/db.sqlite", flags=apsw.SQLITE_OPEN_READWRITE, vfs="unix-none")
     # Exclusive locking makes SQLite clear a journal that a killed process left behind where it would otherwise remove it.
     for pragma in ("locking_mode=exclusive", "journal_mode=truncate", "synchronous=full", "temp_store=memory", "cache_size=-2000"):
         connection.execute(f"pragma {pragma}").fetchall()
