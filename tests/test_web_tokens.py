@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hmac
+import math
 import pickle
 import string
 import time
@@ -15,14 +16,14 @@ from hypothesis import strategies as st
 
 from gateway.uuid7 import uuid7
 from gateway.web import tokens as module
-from gateway.web.keys import KeyRing
+from gateway.web.keys import FileSource, Key, KeyRing, Stored
 from gateway.web.secret import Secret
 from gateway.web.tokens import Tokens
 
 
 @pytest.fixture
 def ring(tmp_path):
-    ring = KeyRing(tmp_path / "keys", 86_400)
+    ring = KeyRing(FileSource(tmp_path / "keys"), 86_400)
     ring.open()
     return ring
 
@@ -102,7 +103,7 @@ def test_the_standard_alphabet_is_not_accepted_for_the_url_safe_one(tokens):
 
 @given(st.text(max_size=200))
 def test_no_text_makes_a_token_fail_otherwise_than_by_a_stranger_id(tmp_path_factory, text):
-    ring = KeyRing(tmp_path_factory.mktemp("k") / "keys", 86_400)
+    ring = KeyRing(FileSource(tmp_path_factory.mktemp("k") / "keys"), 86_400)
     ring.open()
     instance, verified = Tokens(ring).resolve(Secret(text))
     assert verified is False
@@ -118,7 +119,7 @@ def test_a_failed_token_names_another_random_instance_each_time(tokens):
 def test_two_digests_are_computed_and_compared_for_every_token(tokens, ring, monkeypatch, kind):
     text = tokens.issue(uuid7()).reveal()
     if kind == "previous":
-        ring._replace(type(ring.current).fresh(time.time()), ring.current)
+        ring._take(Stored(Key.fresh(time.time()), ring.current), math.inf)
     presented = {"forged": "wkn_" + "A" * 107, "malformed": "x"}.get(kind, text)
     digests, comparisons = [], []
     real_mac, real_compare = module._mac, hmac.compare_digest
@@ -130,14 +131,16 @@ def test_two_digests_are_computed_and_compared_for_every_token(tokens, ring, mon
 
 def test_a_token_outlives_one_rotation_and_not_two(tmp_path):
     now = [1000.0]
-    ring = KeyRing(tmp_path / "keys", 100, clock=lambda: now[0])
+    ring = KeyRing(FileSource(tmp_path / "keys"), 100, clock=lambda: now[0], since_boot=lambda: now[0])
     ring.open()
     tokens, instance = Tokens(ring), uuid7()
     token = tokens.issue(instance)
-    now[0] += 100
+    now[0] += 160
     assert ring.rotate_if_due()
+    now[0] += 30
+    assert not ring.rotate_if_due()
     assert tokens.resolve(token) == (instance, True)
-    now[0] += 100
+    now[0] += 160
     assert ring.rotate_if_due()
     assert tokens.resolve(token)[1] is False
 
