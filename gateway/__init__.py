@@ -3,7 +3,7 @@
 Theory of operation. Three processes, three levels of trust:
 
     caller ── HTTP ──▶ gateway.web       an ordinary user: no capabilities, no Docker socket, never opens a SQLite file
-                          │  unix SOCK_SEQPACKET below the state folder; gateway.protocol, five verbs
+                          │  unix SOCK_SEQPACKET below the state folder; gateway.protocol, six verbs
                           ▼
                        gateway.launcher  the only process that commands the container engine; owns the volumes; never sees SQL
                           │  one fixed container specification

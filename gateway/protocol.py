@@ -7,11 +7,15 @@ import uuid
 from enum import IntEnum
 from typing import NamedTuple
 
-VERSION = 1
+VERSION = 2
 MAX_DETAIL_BYTES = 32 * 1024
 NO_INSTANCE = uuid.UUID(int=0)
+NO_REQUEST = bytes(16)
+"""The id of what no HTTP request asked for."""
+NOBODY = bytes(16)
+"""The tag of an owner whose instances are not counted."""
 
-_REQUEST = struct.Struct("!BBHQ16s")
+_REQUEST = struct.Struct("!BBHQ16s16s")
 _REPLY = struct.Struct("!BBBBQQ16s")
 
 REQUEST_BYTES = _REQUEST.size
@@ -24,9 +28,11 @@ class Verb(IntEnum):
     FIND = 3
     REMOVE = 4
     HEALTH = 5
+    METRICS = 6
 
 
-_NAMELESS = frozenset({Verb.CREATE, Verb.HEALTH})
+_NAMELESS = frozenset({Verb.HEALTH, Verb.METRICS})
+_QUIET = 1
 
 
 class Status(IntEnum):
@@ -39,6 +45,9 @@ class Status(IntEnum):
     STORAGE_LOW = 6
     BUSY = 7
     FAILED = 8
+    QUOTA = 9
+    OWNER_FULL = 10
+    HOST_FULL = 11
 
 
 class Verdict(IntEnum):
@@ -65,29 +74,40 @@ class MalformedPacketError(ValueError):
 class Request(NamedTuple):
     verb: Verb
     sequence: int
-    instance: uuid.UUID
+    instance: uuid.UUID = NO_INSTANCE
+    quiet: bool = False
+    """Of RUN: whether STARTED is to be left out."""
+    request_id: bytes = NO_REQUEST
+    """Of the HTTP request that this is part of, for the logs; bytes, because a UUID costs 1 µs."""
+    owner: bytes = NOBODY
+    """Of CREATE, in the place of the instance."""
 
     def pack(self) -> bytes:
-        return _REQUEST.pack(VERSION, self.verb, 0, self.sequence, self.instance.bytes)
+        named = self.owner if self.verb is Verb.CREATE else self.instance.bytes
+        return _REQUEST.pack(VERSION, self.verb, _QUIET if self.quiet else 0, self.sequence, named, self.request_id)
 
     @classmethod
     def unpack(cls, packet: bytes) -> Request:
         """Read one packet; raises MalformedPacketError for any but the documented form."""
         if len(packet) != _REQUEST.size:
             raise MalformedPacketError(f"{len(packet)} bytes instead of {_REQUEST.size}")
-        version, verb, reserved, sequence, raw = _REQUEST.unpack(packet)
-        if version != VERSION or reserved != 0:
+        version, verb, flags, sequence, raw, request_id = _REQUEST.unpack(packet)
+        if version != VERSION:
             raise MalformedPacketError("unknown version")
         known = _VERBS.get(verb)
         if known is None:
             raise MalformedPacketError("unknown verb")
+        if flags and (flags != _QUIET or known is not Verb.RUN):
+            raise MalformedPacketError("unknown flags")
+        if known is Verb.CREATE:
+            return cls(known, sequence, request_id=request_id, owner=raw)
         instance = uuid.UUID(bytes=raw)
         if known in _NAMELESS:
             if instance != NO_INSTANCE:
                 raise MalformedPacketError(f"{known.name} names no instance")
         elif instance.version != 7:
             raise MalformedPacketError("not a UUIDv7")
-        return cls(known, sequence, instance)
+        return cls(known, sequence, instance, bool(flags), request_id)
 
 
 class Reply(NamedTuple):

@@ -63,14 +63,20 @@ class Settings:
     rate_creates_per_minute: int = _setting(10, "New instances per address; 0 is off.", minimum=0)
     rate_ipv6_56_factor: int = _setting(4, "How often the rates of one IPv6 /64 its whole /56 may have; 0 is off.", minimum=0)
     rate_ipv6_48_factor: int = _setting(16, "The same for its /48.", minimum=0)
-    instances: int = _setting(10_000, "Live instances on this host; 0 is off.", minimum=0)
-    instances_per_address: int = _setting(50, "Live instances of one address; 0 is off.", minimum=0)
-    queries_per_instance: int = _setting(10_000, "Requests that one instance answers in its life; 0 is off.", minimum=0)
+    instances: int = _setting(50_000, "Live instances on this host; 0 is off.", minimum=0)
+    instances_per_address: int = _setting(
+        -1,
+        "Live instances of one address; 0 is off. -1: half of what the create rate lets it make in that time, 50; or off.",
+        minimum=-1,
+    )
+    queries_per_instance: int = _setting(100_000, "Requests that one instance answers in its life; 0 is off.", minimum=0)
     breaker_waiting: int = _setting(
-        256, "Waiting requests from which the circuit breaker refuses new instances; 0 is off.", minimum=0
+        384, "Requests that wait for a slot, from which on the circuit breaker refuses new instances; 0 is off.", minimum=0
     )
     breaker_failure_percent: int = _setting(
-        50, "Share of the last minute's runs, if they are at least 20, that may fail before nothing runs; 0 is off.", minimum=0
+        50,
+        "Share of the last minute's runs, 20 at least and 4 of an address at most, that may fail before nothing runs; 0 is off.",
+        minimum=0,
     )
     breaker_open_seconds: float = _setting(5.0, "From the breaker's opening to its next trial.", minimum=0.1)
     min_free_memory_bytes: int = _setting(
@@ -80,7 +86,7 @@ class Settings:
         4096, "Open connections; beyond it the one that has been idle longest is closed. 0 is off.", minimum=0
     )
     connections_per_address: int = _setting(
-        64, "Open connections of one address, trusted proxies aside; beyond it a new one is closed. 0 is off.", minimum=0
+        512, "Open connections of one address, trusted proxies aside; beyond it a new one is closed. 0 is off.", minimum=0
     )
     header_seconds: float = _setting(10.0, "Longest wait for the rest of a request's header.", minimum=0.1)
     body_seconds: float = _setting(30.0, "Longest wait for the rest of a request's body.", minimum=0.1)
@@ -100,7 +106,7 @@ class Settings:
     container_pids: int = _setting(16, "Processes and threads of one container.", minimum=8)
     container_cpus: float = _setting(1.0, "Processors of one container.", minimum=0.05)
     container_nofile: int = _setting(64, "Open files of one container.", minimum=16)
-    min_landlock_abi: int = _setting(3, "Landlock ABI below which nothing is served; 0 serves without Landlock.", minimum=0)
+    min_landlock_abi: int = _setting(2, "Landlock ABI below which nothing is served; 0 serves without Landlock.", minimum=0)
 
     limit_length: int = _setting(300_000, "SQLITE_LIMIT_LENGTH, bytes of a string, BLOB or row.", minimum=1000)
     limit_sql_length: int = _setting(100_000, "SQLITE_LIMIT_SQL_LENGTH, bytes.", minimum=100)
@@ -116,7 +122,11 @@ class Settings:
     limit_trigger_depth: int = _setting(10, "SQLITE_LIMIT_TRIGGER_DEPTH.", minimum=1)
     limit_worker_threads: int = _setting(0, "SQLITE_LIMIT_WORKER_THREADS.", minimum=0)
 
-    key_rotation_seconds: int = _setting(86_400, "Age at which the token key is replaced; the one before stays valid.", minimum=1)
+    key_rotation_seconds: int = _setting(
+        86_400,
+        "How long a token key signs; the one before stays valid for as long. At least 600 with `MAYFLY_KEY_SOURCE=aws`.",
+        minimum=1,
+    )
     key_source: str = _setting(
         "file",
         "Where the token keys are: `file`: below the state folder; `aws`: in AWS Secrets Manager.",
@@ -169,6 +179,13 @@ class Settings:
             for item in fields(self)
             if item.name.startswith("limit_")
         }
+
+    @property
+    def most_instances_per_address(self) -> int:
+        """0: no limit."""
+        if self.instances_per_address >= 0:
+            return self.instances_per_address
+        return math.ceil(self.rate_creates_per_minute * self.ttl_seconds / 60 / 2)
 
     @property
     def max_request_frame_bytes(self) -> int:

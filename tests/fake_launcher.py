@@ -29,6 +29,7 @@ from gateway.settings import Settings
 from gateway.uuid7 import uuid7
 from gateway.web import errors
 from gateway.web.app import build_app
+from gateway.web.appkeys import TOKENS
 from gateway.web.runner import Channel, Streams
 from gateway.web.server import Server
 
@@ -68,12 +69,14 @@ class FakeRun:
         self.launcher = launcher
         self.instance = request.instance
         self.sequence = request.sequence
+        self.quiet = request.quiet
         self._answer = answer
         self.stream = stream
         stream.setblocking(False)
 
     def started(self) -> None:
-        self._answer(Reply(Status.STARTED, self.sequence, self.launcher.instances.get(self.instance, 0)))
+        if not self.quiet:
+            self._answer(Reply(Status.STARTED, self.sequence, self.launcher.instances.get(self.instance, 0)))
 
     def ended(self, verdict: Verdict = Verdict.EXITED) -> None:
         self.stream.close()
@@ -164,7 +167,16 @@ class FakeLauncher:
         self.script: Script = replying(ok(["one"], [[1]]))
         self.refusals: dict[Verb, Status] = {}
         self.silent: set[Verb] = set()
-        self.health: dict[str, Any] = {"engine": "docker", "daemon": "up", "trouble": None, "instances": 0, "secret_path": "/x"}
+        self.health: dict[str, Any] = {
+            **{"engine": "docker", "daemon": "up", "trouble": None, "instances": 0, "secret_path": "/x"},
+            **{"free_bytes": 1 << 40, "available_memory_bytes": 1 << 40},
+        }
+        self.health_asked = 0
+        """Not among the verbs: the breaker asks when it likes."""
+        self.request_ids: list[bytes] = []
+        self.owners: list[bytes] = []
+        self.earliest_end = 0
+        self.metrics = ""
         self.running = 0
         self.most_running = 0
         self._connections: list[socket.socket] = []
@@ -219,7 +231,13 @@ class FakeLauncher:
             return
         request = Request.unpack(packet)
         assert len(descriptors) == (1 if request.verb is Verb.RUN else 0)
-        self.verbs.append((request.verb, request.instance))
+        if request.verb is Verb.HEALTH:
+            self.health_asked += 1
+        else:
+            self.verbs.append((request.verb, request.instance))
+            self.request_ids.append(request.request_id)
+        if request.verb is Verb.CREATE:
+            self.owners.append(request.owner)
 
         def answer(reply: Reply) -> None:
             if connection.fileno() >= 0:
@@ -230,7 +248,7 @@ class FakeLauncher:
         if request.verb in self.refusals:
             for descriptor in descriptors:
                 socket.socket(fileno=descriptor).close()
-            answer(Reply(self.refusals[request.verb], request.sequence, detail="operator's detail"))
+            answer(Reply(self.refusals[request.verb], request.sequence, self.earliest_end, detail="operator's detail"))
         elif request.verb is Verb.RUN and request.instance not in self.instances:
             socket.socket(fileno=descriptors[0]).close()
             answer(Reply(Status.UNKNOWN, request.sequence))
@@ -267,6 +285,8 @@ class FakeLauncher:
             case Verb.REMOVE:
                 self.instances.pop(request.instance, None)
                 return Reply(Status.DONE, request.sequence)
+            case Verb.METRICS:
+                return Reply(Status.DONE, request.sequence, detail=self.metrics)
             case _:
                 return Reply(Status.DONE, request.sequence, detail=json.dumps(self.health))
 
@@ -277,6 +297,7 @@ class Gateway:
     def __init__(
         self, server: Server, port: int, launcher: FakeLauncher, client: aiohttp.ClientSession, settings: Settings
     ) -> None:
+        self.server = server
         self.app = server.app
         self.port = port
         self.launcher = launcher
@@ -287,6 +308,12 @@ class Gateway:
     async def sql(self, sql: object = "SELECT 1", token: str | None = None, **more: object) -> aiohttp.ClientResponse:
         headers = {"X-Walkin-Session": token} if token is not None else {}
         return await self.post(json.dumps({"sql": sql, **more}).encode(), headers)
+
+    def unheard_of(self) -> str:
+        """A token of an instance that the gateway has not made, so that it must be told when it ends: STARTED is asked for."""
+        instance = uuid7()
+        self.launcher.instances[instance] = int(time.time()) + self.launcher.ttl_seconds
+        return self.app[TOKENS].issue(instance).reveal()
 
     async def post(self, raw: bytes, headers: dict[str, str] | None = None) -> aiohttp.ClientResponse:
         async with self.client.post(

@@ -4,6 +4,7 @@ import os
 import shutil
 import stat
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -38,7 +39,7 @@ def registry(tmp_path, clock):
 def test_an_instance_is_two_empty_files_in_a_folder_nobody_can_add_to(registry, tmp_path):
     instance = uuid7()
     registry.create(instance)
-    volume = registry.volume(instance)
+    volume = Path(registry.volume(instance))
     assert sorted(path.name for path in volume.iterdir()) == ["db.sqlite", "db.sqlite-journal"]
     for path in volume.iterdir():
         found = path.lstat()
@@ -63,10 +64,10 @@ def test_an_instance_lives_to_the_second_it_was_promised(registry, clock):
 def test_an_id_is_used_once(registry, tmp_path):
     instance = uuid7()
     registry.create(instance)
-    (registry.volume(instance) / "db.sqlite").write_text("kept")
+    (Path(registry.volume(instance)) / "db.sqlite").write_text("kept")
     with pytest.raises(InstanceExistsError):
         registry.create(instance)
-    assert (registry.volume(instance) / "db.sqlite").read_text() == "kept"
+    assert (Path(registry.volume(instance)) / "db.sqlite").read_text() == "kept"
     assert [path.name for path in tmp_path.iterdir()] == [str(instance)]
 
 
@@ -85,9 +86,9 @@ def test_removal_unlinks_a_symbolic_link_and_leaves_its_target(registry, tmp_pat
     treasure.write_text("host")
     instance = uuid7()
     registry.create(instance)
-    (registry.volume(instance) / "folder").symlink_to(treasure.parent)
-    (registry.volume(instance) / "db.sqlite").unlink()
-    (registry.volume(instance) / "db.sqlite").symlink_to(treasure)
+    (Path(registry.volume(instance)) / "folder").symlink_to(treasure.parent)
+    (Path(registry.volume(instance)) / "db.sqlite").unlink()
+    (Path(registry.volume(instance)) / "db.sqlite").symlink_to(treasure)
     registry.remove(instance)
     assert treasure.read_text() == "host"
 
@@ -95,7 +96,7 @@ def test_removal_unlinks_a_symbolic_link_and_leaves_its_target(registry, tmp_pat
 def test_a_prepared_instance_is_nobodys_until_it_is_claimed_and_its_life_begins_then(registry, tmp_path, clock):
     instance = uuid7()
     registry.prepare(instance)
-    assert sorted(path.name for path in registry.volume(instance).iterdir()) == ["db.sqlite", "db.sqlite-journal"]
+    assert sorted(path.name for path in Path(registry.volume(instance)).iterdir()) == ["db.sqlite", "db.sqlite-journal"]
     with pytest.raises(UnknownInstanceError):
         registry.find(instance)
     assert (registry.count, registry.expired()) == (0, [instance])

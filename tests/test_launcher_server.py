@@ -14,7 +14,17 @@ import uuid
 import pytest
 
 from gateway.launcher.server import Server
-from gateway.protocol import MAX_REPLY_BYTES, NO_INSTANCE, MalformedPacketError, Reply, Request, Status, Verb
+from gateway.protocol import (
+    MAX_REPLY_BYTES,
+    NO_INSTANCE,
+    NOBODY,
+    REQUEST_BYTES,
+    MalformedPacketError,
+    Reply,
+    Request,
+    Status,
+    Verb,
+)
 
 from .launcher_harness import Client, containers_of, eventually, frame, inspect, launched, unframe, uuid7
 
@@ -55,8 +65,9 @@ async def specification_seen(client, deployment):
 def fuzzed(random_, instances):
     """A packet and how many descriptors go with it: noise, or a real packet with something wrong, or a real one."""
     verb = random_.choice(list(Verb))
-    named = verb not in (Verb.CREATE, Verb.HEALTH) or random_.random() < 0.1
-    packet = Request(verb, random_.getrandbits(64), random_.choice(instances) if named else NO_INSTANCE).pack()
+    named = verb not in (Verb.CREATE, Verb.HEALTH, Verb.METRICS) or random_.random() < 0.1
+    instance, request_id = random_.choice(instances) if named else NO_INSTANCE, random_.randbytes(16)
+    packet = Request(verb, random_.getrandbits(64), instance, request_id=request_id, owner=random_.randbytes(16)).pack()
     match random_.randrange(6):
         case 0:
             packet = random_.randbytes(random_.randrange(1, 200))
@@ -89,7 +100,7 @@ async def test_M5_ten_thousand_fuzzed_packets_leave_the_launcher_as_it_was(state
             else:
                 accepted += 1
                 if packet[1] == Verb.CREATE:  # every create makes two files; a few are enough
-                    packet = packet[:1] + bytes([Verb.HEALTH]) + packet[2:]
+                    packet = packet[:1] + bytes([Verb.FIND]) + packet[2:12] + instances[0].bytes + packet[28:]
             try:
                 socket.send_fds(sock, [packet], random_.choices(offered, k=count))
                 answered = len(sock.recv(65536)) > 0
@@ -175,6 +186,65 @@ async def test_run_takes_one_connected_unix_stream_socket_and_nothing_else(state
         sock.close()
 
 
+async def test_who_knows_when_the_instance_ends_need_not_be_told_that_its_run_has_started(state):
+    async with launched(state) as (launcher, client):
+        instance = await client.create()
+        ours, theirs = socket.socketpair()
+        with ours, connect(launcher.socket) as sock:
+            with theirs:
+                socket.send_fds(sock, [Request(Verb.RUN, 1, instance, quiet=True).pack()], [theirs.fileno()])
+            ours.sendall(frame(do="echo"))
+            assert Reply.unpack(sock.recv(MAX_REPLY_BYTES)).status is Status.ENDED
+
+
+@pytest.mark.parametrize(("verb", "flags"), [(Verb.FIND, 1), (Verb.CREATE, 1), (Verb.RUN, 2), (Verb.RUN, 3), (Verb.RUN, 256)])
+def test_a_flag_that_the_verb_has_not_is_malformed(verb, flags):
+    packet = Request(verb, 1, NO_INSTANCE if verb is Verb.CREATE else uuid7()).pack()
+    assert Request.unpack(packet).verb is verb
+    with pytest.raises(MalformedPacketError):
+        Request.unpack(packet[:2] + flags.to_bytes(2, "big") + packet[4:])
+
+
+@pytest.mark.parametrize("verb", list(Verb))
+def test_a_packet_comes_out_as_it_went_in(verb):
+    named = NO_INSTANCE if verb in (Verb.CREATE, Verb.HEALTH, Verb.METRICS) else uuid7()
+    owner = os.urandom(16) if verb is Verb.CREATE else NOBODY
+    request = Request(verb, 7, named, verb is Verb.RUN, os.urandom(16), owner)
+    assert len(request.pack()) == REQUEST_BYTES == 44
+    assert Request.unpack(request.pack()) == request
+
+
+def test_the_bytes_of_a_request_are_those_of_the_page():
+    instance, request_id, owner = uuid7(), os.urandom(16), os.urandom(16)
+    run = Request(Verb.RUN, 258, instance, quiet=True, request_id=request_id)
+    assert run.pack() == b"\x02\x02\0\x01" + b"\0\0\0\0\0\0\x01\x02" + instance.bytes + request_id
+    create = Request(Verb.CREATE, 1, request_id=request_id, owner=owner)
+    assert create.pack() == b"\x02\x01\0\0" + b"\0\0\0\0\0\0\0\x01" + owner + request_id
+
+
+async def test_every_line_about_a_request_names_it(state):
+    request_id = os.urandom(16)
+    async with launched(state, log_level="DEBUG", instances_per_address=1) as (launcher, client):
+        made = await client.ask(Verb.CREATE, owner=request_id, request_id=request_id)
+        assert (await client.ask(Verb.CREATE, owner=request_id, request_id=request_id)).status is Status.OWNER_FULL
+        async with client.run(made.instance, request_id) as (ours, replies):
+            await asyncio.get_running_loop().sock_sendall(ours, frame(do="echo"))
+            while (await replies.get()).status is not Status.ENDED:
+                pass
+        await client.ask(Verb.REMOVE, made.instance, request_id=request_id)
+        await client.ask(Verb.FIND, made.instance, request_id=request_id)
+        about = ("created instance", "CREATE failed", "run ended", "removed instance", "FIND failed")
+        lines = launcher.log.read_text().splitlines()
+        for words in about:
+            (line,) = [line for line in lines if words in line]
+            assert f"request={request_id.hex()}" in line
+
+
+async def test_metrics_are_told_at_once(state):
+    async with launched(state) as (_, client):
+        assert (await client.ask(Verb.METRICS)).status is Status.DONE
+
+
 async def test_a_sequence_in_use_closes_the_connection_and_ends_its_runs(state):
     async with launched(state, deadline_seconds=50) as (launcher, client):
         instance = await client.create()
@@ -250,6 +320,20 @@ async def test_a_gateway_that_makes_a_passed_socket_block_holds_nobody_up(state)
             theirs.setblocking(True)  # not of this descriptor alone: of what the launcher's descriptor stands for too
             ours.send(b"\0")
             await eventually(lambda: not select.select([theirs], [], [], 0)[0])  # it has read that, and looks for more
+            async with asyncio.timeout(10):
+                assert (await client.health())["daemon"] == "up"
+
+
+async def test_a_gateway_that_makes_a_passed_socket_block_and_reads_nothing_holds_nobody_up(state):
+    async with launched(state, deadline_seconds=50) as (launcher, client):
+        instance = await client.create()
+        ours, theirs = socket.socketpair()
+        with ours, theirs, connect(launcher.socket) as sock:
+            socket.send_fds(sock, [Request(Verb.RUN, 1, instance).pack()], [theirs.fileno()])
+            assert Reply.unpack(sock.recv(MAX_REPLY_BYTES)).status is Status.STARTED
+            theirs.setblocking(True)
+            ours.sendall(frame(do="large", bytes=1 << 20))  # more than the socket holds
+            await eventually(lambda: select.select([ours], [], [], 0)[0])
             async with asyncio.timeout(10):
                 assert (await client.health())["daemon"] == "up"
 

@@ -40,12 +40,13 @@ def test_a_slots_specification_is_the_golden_one():
     assert slot() == json.loads(SLOT_GOLDEN.read_text())
 
 
-def test_a_slot_differs_from_a_run_in_its_command_its_labels_its_mount_and_in_having_no_stream():
+def test_a_slot_differs_from_a_run_in_its_command_its_labels_its_mount_its_loader_and_in_having_no_stream():
     streams = ("OpenStdin", "StdinOnce", "AttachStdin", "AttachStdout")
     run = specification(Settings(docker_runtime="crun"))
     host = run["HostConfig"] | {"Mounts": slot()["HostConfig"]["Mounts"]}
     assert slot(Settings(docker_runtime="crun")) == run | {
         "Cmd": ["zygote"],
+        "Env": [*run["Env"], "LD_BIND_NOW=1"],
         "Labels": slot()["Labels"],
         "HostConfig": host,
         **dict.fromkeys(streams, False),

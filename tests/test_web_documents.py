@@ -57,7 +57,7 @@ def test_every_reference_of_openapi_resolves():
     assert references == set(DOCUMENT["components"]["schemas"]) - {"Unused"}
 
 
-@pytest.mark.parametrize("path", ["/sql", "/healthz", "/openapi.json"])
+@pytest.mark.parametrize("path", ["/sql", "/healthz", "/readyz", "/livez", "/openapi.json"])
 def test_every_route_is_in_both_documents(path):
     assert path in DOCUMENT["paths"]
     assert path in API

@@ -12,8 +12,8 @@ import pytest
 
 from gateway.protocol import Reply, Status, Verb, Verdict
 from gateway.uuid7 import uuid7
-from gateway.web import body as body_module
 from gateway.web.appkeys import ACCESS_LOG, DRAIN, RUNS, TOKENS
+from gateway.web.middleware import COMMON_HEADERS
 
 from .fake_launcher import GOLDEN, FakeRun, assert_error, ending_after, frame, gateway, ok, replying, replying_after, until
 
@@ -93,6 +93,28 @@ async def test_a_script_that_fails_still_leaves_its_caller_the_new_instance(web)
     assert web.launcher.count(Verb.REMOVE) == 0
 
 
+async def test_tokens_that_are_no_good_are_all_answered_at_once_while_everybody_else_waits(tmp_path):
+    async with gateway(tmp_path, slots=2, deadline_seconds=60.0) as web:
+        expired, busy, other = [await web.token() for _ in range(3)]
+        await until(lambda: held(web) == 0)
+        gone = next(iter(web.launcher.instances))
+        del web.launcher.instances[gone]
+        finish = asyncio.Event()
+        web.launcher.script = replying_after(finish)
+        runs = [asyncio.ensure_future(web.sql("SELECT 1", busy))]
+        await until(lambda: web.launcher.running == 1)
+        web.launcher.instances, all_of_them = {}, web.launcher.instances
+        await assert_error(await web.sql("SELECT 1", busy), "instance_not_found")  # a slot is free, the lease is not
+        web.launcher.instances = all_of_them
+        runs += [asyncio.ensure_future(web.sql("SELECT 1", token)) for token in (other, busy, other)]
+        await until(lambda: web.launcher.running == 2 and web.app[RUNS].leases.waiting == 2)
+        for token in (expired, "wkn_no", expired):
+            await assert_error(await web.sql("SELECT 1", token), "instance_not_found")
+        assert (web.launcher.running, web.app[RUNS].leases.waiting) == (2, 2)
+        finish.set()
+        assert {(await run).status for run in runs} == {200}
+
+
 # ── errors of the body, before any container starts ──────────────────────────────────────────────────────────────────
 
 
@@ -158,11 +180,11 @@ async def test_a_body_of_exactly_the_limit_is_read(tmp_path):
         assert (await web.post(b'{"sql":"SELECT 1"}'.ljust(2048))).status == 200
 
 
-async def test_a_body_that_does_not_arrive_in_time_is_a_408(web, monkeypatch):
-    monkeypatch.setattr(body_module, "BODY_TIMEOUT_SECONDS", 0.05)
-    answer = await web.raw(b"POST /sql HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 100\r\n\r\n{")
-    assert answer.startswith(b"HTTP/1.1 408 ")
-    assert b'"code":"request_timeout"' in answer
+async def test_a_body_that_does_not_arrive_in_time_is_a_408(tmp_path):
+    async with gateway(tmp_path, body_seconds=0.1) as web:
+        answer = await web.raw(b"POST /sql HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 100\r\n\r\n{")
+        assert answer.startswith(b"HTTP/1.1 408 ")
+        assert b'"code":"request_timeout"' in answer
 
 
 async def test_a_broken_transfer_coding_is_a_400(web):
@@ -361,13 +383,28 @@ async def test_a_new_instance_whose_first_run_fails_by_our_fault_is_removed_and_
     assert web.launcher.instances == {}
 
 
+async def test_the_end_of_an_instance_is_asked_for_once(web):
+    asked = []
+
+    async def watching(run: FakeRun) -> None:
+        asked.append(not run.quiet)
+        await replying(ok(["a"], [[1]]))(run)
+
+    web.launcher.script = watching
+    made, token = await web.token(), web.unheard_of()
+    ends = {(await web.sql("SELECT 1", token)).headers["X-Walkin-TTL"] for _ in range(2)}
+    assert ends == {str(list(web.launcher.instances.values())[1])}
+    assert (await web.sql("SELECT 1", made)).headers["X-Walkin-TTL"] == str(next(iter(web.launcher.instances.values())))
+    assert asked == [False, True, False, False]
+
+
 async def test_a_runner_that_never_answers_is_a_408_after_the_deadline(web):
     async def mute(run: FakeRun) -> None:
         run.started()
         await run.hung_up()
         run.ended(Verdict.CANCELLED)
 
-    token = await web.token()
+    token = web.unheard_of()
     web.launcher.script = mute
     began = time.monotonic()
     await assert_error(await web.sql("SELECT 1", token), "query_timeout")
@@ -448,10 +485,10 @@ async def test_a_reply_that_overtakes_the_word_of_its_start_waits_for_it(web):
         run.started()
         run.ended()
 
-    token = await web.token()
+    token = web.unheard_of()
     web.launcher.script = overtaking
     request = asyncio.ensure_future(web.sql("SELECT 1", token))
-    await until(lambda: len(web.launcher.requests) == 2)
+    await until(lambda: len(web.launcher.requests) == 1)
     for _ in range(100):
         await asyncio.sleep(0)
     assert not request.done()
@@ -701,7 +738,7 @@ async def test_health_tells_what_is_public_of_the_launchers_report_and_asks_once
     assert "secret_path" not in body
     for _ in range(5):
         await web.get("/healthz")
-    assert web.launcher.count(Verb.HEALTH) == 1
+    assert web.launcher.health_asked == 1
 
 
 async def test_health_is_a_503_with_a_reason_when_nothing_could_run(tmp_path):
@@ -715,6 +752,32 @@ async def test_health_is_a_503_with_a_reason_when_nothing_could_run(tmp_path):
         await web.launcher.stop()
         response = await web.get("/healthz")
         assert (response.status, (await response.json())["reason"]) == (503, "launcher_unavailable")
+
+
+async def test_liveness_asks_nobody_and_readiness_is_health_in_short(tmp_path):
+    async with gateway(tmp_path) as web:
+        for path, status in (("/livez", 200), ("/readyz", 200)):
+            response = await web.get(path)
+            assert (response.status, await response.json()) == (status, {"status": "ok"})
+        assert web.launcher.health_asked == 1
+        begun = asyncio.ensure_future(web.app[DRAIN].begin(10))
+        await until(lambda: web.app[DRAIN].draining)
+        assert (await web.get("/livez")).status == 200
+        response = await web.get("/readyz")
+        assert (response.status, await response.json()) == (503, {"status": "unavailable", "reason": "shutting_down"})
+        assert await begun
+    async with gateway(tmp_path) as web:
+        await web.launcher.stop()
+        assert (await web.get("/livez")).status == 200
+        response = await web.get("/readyz")
+        assert (response.status, await response.json()) == (503, {"status": "unavailable", "reason": "launcher_unavailable"})
+
+
+async def test_a_launcher_that_is_away_is_asked_and_told_of_no_more_often_because_many_ask(web, caplog):
+    await web.launcher.stop()
+    answers = await asyncio.gather(*(web.get("/healthz") for _ in range(50)))
+    assert {answer.status for answer in answers} == {503}
+    assert caplog.text.count("not ready: ") == 1
 
 
 async def test_unknown_paths_and_methods_have_the_same_envelope(web):
@@ -773,8 +836,6 @@ async def test_every_answer_has_the_security_headers_and_names_no_server(web):
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
         b"POST /sql HTTP/1.1\r\nHost: x\r\nX-Walkin-Session wkn_canary\r\n\r\n",
         b"POST /sql HTTP/1.1\r\nHost: x\r\nX-Walkin-Session: wkn_canary\x00\r\n\r\n",
-        b"POST /sql HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
-        b"POST /sql HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
         b"GET /healthz HTTP/1.1\r\nHost: x\r\nX: wkn_canary" + b"a" * 20_000 + b"\r\n\r\n",
         b"GET /" + b"a" * 20_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
         b"GET /healthz HTTP/1.1\r\nHost: x\r\n" + b"X: wkn_canary\r\n" * 200 + b"\r\n",
@@ -787,6 +848,8 @@ async def test_what_is_not_http_gets_the_envelope_and_is_not_quoted_in_the_log(w
     assert head.startswith((b"HTTP/1.1 400 ", b"HTTP/1.0 400 ")), answer
     assert json.loads(body)["code"] == "bad_request"
     assert b"\r\nserver:" not in head.lower()
+    for name, value in COMMON_HEADERS.items():
+        assert f"\r\n{name}: {value}".encode() in head
     assert b"canary" not in answer
     assert "canary" not in caplog.text
 
@@ -798,7 +861,7 @@ async def test_a_defect_of_ours_is_a_500_that_tells_only_its_id(web, caplog, mon
     monkeypatch.setattr("gateway.web.launcher.Launcher.create", broken)
     response = await web.sql()
     body = await assert_error(response, "internal_error")
-    assert body["request_id"] in caplog.text
+    assert body["request_id"] in {getattr(record, "request_id", None) for record in caplog.records}
     assert "KeyError" in caplog.text
     assert "canary" not in caplog.text + str(body)
 

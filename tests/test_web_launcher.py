@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import socket
+import time
 
 import pytest
 
-from gateway.protocol import Reply, Status, Verb, Verdict
+from gateway.protocol import NO_REQUEST, Reply, Status, Verb, Verdict
 from gateway.uuid7 import uuid7
-from gateway.web.errors import ApiError, InstanceNotFoundError, LauncherUnavailableError
+from gateway.web.errors import (
+    ApiError,
+    HostFullError,
+    InstanceNotFoundError,
+    LauncherUnavailableError,
+    QueryQuotaError,
+    TooManyInstancesError,
+)
 from gateway.web.launcher import Launcher
 
 from .fake_launcher import FakeLauncher, FakeRun, until
+
+OWNER, REQUEST = b"the owner's tag.", b"the request's id"
 
 
 @pytest.fixture
@@ -44,7 +55,7 @@ class Call:
 
 
 async def test_many_calls_share_one_connection_and_each_gets_its_own_answer(launcher, peer):
-    made = await asyncio.gather(*(launcher.create() for _ in range(200)))
+    made = await asyncio.gather(*(launcher.create(OWNER, REQUEST) for _ in range(200)))
     assert len(peer._connections) == 1
     assert dict(made) == peer.instances
     assert len(peer.instances) == 200
@@ -52,9 +63,52 @@ async def test_many_calls_share_one_connection_and_each_gets_its_own_answer(laun
     assert found == [*(end for _, end in made), None]
 
 
+async def test_the_launcher_is_told_whose_instance_it_makes_and_of_which_request_every_call_is_part(launcher, peer):
+    instance, _ = await launcher.create(OWNER, REQUEST)
+    await launcher.find(instance, REQUEST)
+    await launcher.remove(instance, REQUEST)
+    await launcher.find(instance)
+    assert peer.owners == [OWNER]
+    assert peer.request_ids == [REQUEST, REQUEST, REQUEST, NO_REQUEST]
+
+
+async def test_a_cap_of_the_launchers_is_told_as_it_is_and_when_there_is_room_again(launcher, peer):
+    peer.refusals[Verb.CREATE] = Status.HOST_FULL
+    with pytest.raises(HostFullError):
+        await launcher.create(OWNER, REQUEST)
+    peer.refusals[Verb.CREATE] = Status.OWNER_FULL
+    for end, told in ((int(time.time()) + 3600, range(3590, 3601)), (1, range(1, 2))):
+        peer.earliest_end = end
+        with pytest.raises(TooManyInstancesError) as caught:
+            await launcher.create(OWNER, REQUEST)
+        assert int(caught.value.headers["Retry-After"]) in told
+    peer.refusals[Verb.FIND] = Status.QUOTA
+    with pytest.raises(QueryQuotaError) as refused:
+        await launcher.find(uuid7())
+    assert refused.value.hint == "start a new instance"
+
+
+async def test_without_a_descriptor_left_the_launcher_is_unavailable_and_later_it_is_not(launcher):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest_free = os.dup(0)
+    os.close(lowest_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
+    try:
+        with pytest.raises(LauncherUnavailableError):
+            await launcher.health()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert await launcher.health()
+
+
+async def test_metrics_are_the_launchers_own_words(launcher, peer):
+    peer.metrics = "mayfly_up 1\n"
+    assert await launcher.metrics() == "mayfly_up 1\n"
+
+
 async def test_an_instance_that_is_made_after_its_caller_left_is_removed(launcher, peer):
     peer.silent = {Verb.CREATE}
-    waiting = asyncio.ensure_future(launcher.create())
+    waiting = asyncio.ensure_future(launcher.create(OWNER, REQUEST))
     await until(lambda: peer.count(Verb.CREATE) == 1)
     waiting.cancel()
     await asyncio.gather(waiting, return_exceptions=True)
@@ -65,7 +119,7 @@ async def test_an_instance_that_is_made_after_its_caller_left_is_removed(launche
 
 async def test_an_instance_that_is_made_in_the_instant_its_caller_leaves_is_removed(launcher, peer):
     peer.silent = {Verb.CREATE}
-    waiting = asyncio.ensure_future(launcher.create())
+    waiting = asyncio.ensure_future(launcher.create(OWNER, REQUEST))
     await until(lambda: peer.count(Verb.CREATE) == 1)
     unwanted = uuid7()
     launcher._dispatch(Reply(Status.DONE, 1, instance=unwanted))
@@ -102,6 +156,19 @@ async def test_a_run_that_ends_before_it_started_is_over_and_nothing_else(launch
         call = Call(launcher, peer, theirs)
         assert await call.over is Verdict.SIGNALLED
         assert not call.started.done()
+
+
+async def test_a_start_that_was_not_asked_for_ends_the_connection(launcher, peer):
+    async def script(run: FakeRun) -> None:
+        run.launcher.broadcast(Reply(Status.STARTED, run.sequence).pack())
+
+    peer.script = script
+    instance, over = uuid7(), asyncio.get_running_loop().create_future()
+    peer.instances[instance] = 0
+    ours, theirs = socket.socketpair()
+    with ours:
+        launcher.run(instance, theirs, None, over.set_result)
+        assert isinstance(await over, LauncherUnavailableError)
 
 
 async def test_a_run_that_is_refused_is_over(launcher, peer):

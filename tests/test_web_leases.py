@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import uuid
 
 import pytest
 
-from gateway.web.errors import OverloadedError
+from gateway.web.errors import CircuitOpenError, OverloadedError
 from gateway.web.leases import Hold, Leases
 
 A, B, C = (uuid.UUID(int=number) for number in (1, 2, 3))
 NEAR, FAR = "192.0.2.1", "192.0.2.2"
 
 
-async def take(leases: Leases, instance: uuid.UUID, address: str = NEAR) -> Hold:
-    with leases.ticket(address) as ticket:
+async def take(leases: Leases, instance: uuid.UUID, address: str = NEAR, *, creates: bool = False) -> Hold:
+    with leases.ticket(address, creates=creates) as ticket:
         return await ticket.hold(instance)
 
 
@@ -36,7 +37,7 @@ def refused(leases: Leases, address: str = NEAR) -> bool:
 
 
 def at_rest(leases: Leases) -> bool:
-    return (leases.held, leases.waiting) == (0, 0)
+    return (leases.held, leases.waiting, leases.lacking_slots) == (0, 0, 0)
 
 
 async def test_requests_of_one_instance_run_in_the_order_they_came():
@@ -83,31 +84,41 @@ async def test_no_more_run_at_once_than_there_are_slots():
 # ── fairness ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def order_of_service(slots: int, arrivals: list[tuple[str, uuid.UUID]]) -> list[tuple[str, uuid.UUID]]:
-    """In which order those are served who come, in this order, while every slot is taken."""
-    leases, served = Leases(slots, 1000, 5.0), []
+async def served(slots: int, arrivals: list[tuple[str, uuid.UUID, bool]]) -> list[tuple[str, uuid.UUID, bool]]:
+    """In which order those are served who come, in this order, while every slot is taken: address, instance, whether it creates."""
+    leases, order = Leases(slots, 10_000, 5.0), []
     busy = [await take(leases, uuid.uuid4(), "the first") for _ in range(slots)]
 
-    async def one(address: str, instance: uuid.UUID) -> None:
-        hold = await take(leases, instance, address)
-        served.append((address, instance))
+    async def one(address: str, instance: uuid.UUID, creates: bool) -> None:
+        hold = await take(leases, instance, address, creates=creates)
+        order.append((address, instance, creates))
         hold.release()
 
     tasks = []
     for arrival in arrivals:
         tasks.append(asyncio.ensure_future(one(*arrival)))
         await asyncio.sleep(0)
+    assert leases.lacking_slots == len({instance for _, instance, _ in arrivals})
     for hold in busy:
         hold.release()
     await asyncio.gather(*tasks)
     assert at_rest(leases)
-    return served
+    return order
+
+
+async def order_of_service(slots: int, arrivals: list[tuple[str, uuid.UUID]]) -> list[tuple[str, uuid.UUID]]:
+    return [(address, instance) for address, instance, _ in await served(slots, [(*arrival, False) for arrival in arrivals])]
+
+
+async def order_with_creates(slots: int, arrivals: list[tuple[str, bool]]) -> list[bool]:
+    order = await served(slots, [(address, uuid.uuid4(), creates) for address, creates in arrivals])
+    return [creates for _, _, creates in order]
 
 
 async def test_slots_go_round_the_addresses_that_wait_so_a_newcomer_is_served_next_but_one():
     flood = [(NEAR, uuid.uuid4()) for _ in range(100)]
-    served = await order_of_service(1, [*flood, (FAR, A), (FAR, B)])
-    assert [address for address, _ in served[:5]] == [NEAR, FAR, NEAR, FAR, NEAR]
+    order = await order_of_service(1, [*flood, (FAR, A), (FAR, B)])
+    assert [address for address, _ in order[:5]] == [NEAR, FAR, NEAR, FAR, NEAR]
 
 
 async def test_one_address_is_served_in_the_order_it_asked():
@@ -123,8 +134,81 @@ async def test_a_queue_on_one_instance_does_not_hold_up_its_address():
 async def test_every_one_of_many_addresses_is_served_once_before_any_is_served_again():
     addresses = [f"198.51.100.{number}" for number in range(10)]
     arrivals = [(address, uuid.uuid4()) for address in addresses for _ in range(3)]
-    served = [address for address, _ in await order_of_service(1, arrivals)]
-    assert served == addresses * 3
+    assert [address for address, _ in await order_of_service(1, arrivals)] == addresses * 3
+
+
+async def test_who_has_a_token_goes_first_and_every_fourth_slot_is_a_creates():
+    arrivals = [(f"flood {number}", True) for number in range(100)] + [(NEAR, False)] * 30
+    order = await order_with_creates(1, arrivals)
+    assert order[:40] == [False, False, False, True] * 10
+    assert all(order[40:])
+
+
+@pytest.mark.parametrize("creates", [True, False])
+async def test_creates_alone_and_tokens_alone_are_served_as_they_come(creates):
+    assert await order_with_creates(2, [(NEAR, creates)] * 20) == [creates] * 20
+
+
+async def test_beside_a_flood_of_creates_from_thousands_of_addresses_a_client_waits_for_one_slot_at_most():
+    """Simulated: at every step one run ends and one more create comes; the client asks again once it was answered."""
+    slots, rounds = 4, 500
+    leases = Leases(slots, 512, 5.0)
+    numbers, handed = iter(range(1_000_000)), 0
+    running: list[Hold] = []
+    waiting: set[asyncio.Task[Hold]] = set()
+
+    def create() -> None:
+        async def one(address: str) -> Hold:
+            with leases.ticket(address, creates=True) as ticket:
+                return await ticket.hold(uuid.uuid4())
+
+        waiting.add(asyncio.ensure_future(one(f"flood {next(numbers) % 5000}")))
+
+    async def turn() -> None:
+        for _ in range(3):
+            await asyncio.sleep(0)
+        for task in [task for task in waiting if task.done()]:
+            waiting.discard(task)
+            if task.exception() is None:
+                running.append(task.result())
+
+    for _ in range(1000):
+        create()
+    await turn()
+    waited = []
+    for _ in range(rounds):
+        mine = await waiting_for(leases, A)
+        before = handed
+        while not mine.done():
+            running.pop(0).release()
+            handed += 1
+            create()
+            await turn()
+        waited.append(handed - before)
+        running.append(mine.result())
+        while mine.result() in running:
+            running.pop(0).release()
+            handed += 1
+            create()
+            await turn()
+    assert max(waited) == 1, "the first slot that got free was its own"
+    assert handed - sum(waited) >= rounds, "creates were served all along"
+    while running or waiting:
+        running.pop().release()
+        await turn()
+    assert at_rest(leases)
+
+
+async def test_the_control_a_flood_that_counts_as_a_clients_own_kind_keeps_it_waiting_or_out():
+    flood = [(f"flood {number}", uuid.uuid4()) for number in range(100)]
+    assert (await order_of_service(1, [*flood, (NEAR, A)])).index((NEAR, A)) == 100
+    leases = Leases(1, 512, 5.0)
+    hold = await take(leases, A)
+    tickets = [leases.ticket(f"flood {number}") for number in range(512)]
+    assert refused(leases)
+    for ticket in tickets:
+        ticket.close()
+    hold.release()
 
 
 # ── places ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -167,6 +251,59 @@ async def test_however_many_flood_each_gets_the_same_and_leaves_as_much(floods):
     for ticket in tickets:
         ticket.close()
     hold.release()
+    assert at_rest(leases)
+
+
+async def test_creates_get_half_of_the_places_and_leave_the_others_to_who_has_a_token():
+    leases = Leases(1, 120, 5.0)
+    hold = await take(leases, A)
+    tickets, refusals = [], 0
+    for number in range(5000):
+        try:
+            tickets.append(leases.ticket(f"flood {number}", creates=True))
+        except OverloadedError:
+            refusals += 1
+    assert (len(tickets), refusals) == (60, 4940)
+    followers = [leases.ticket(NEAR) for _ in range(30)]
+    assert refused(leases), "and an address no more of them than it leaves free"
+    assert not refused(leases, FAR)
+    for ticket in (*tickets, *followers):
+        ticket.close()
+    hold.release()
+    assert at_rest(leases)
+
+
+@pytest.mark.parametrize("floods", [1, 2, 7])
+async def test_however_many_flood_with_creates_each_leaves_a_place_for_a_newcomers(floods):
+    leases = Leases(1, 240, 5.0)
+    hold = await take(leases, A)
+    tickets = []
+    for _ in range(200):
+        for number in range(floods):
+            with contextlib.suppress(OverloadedError):
+                tickets.append(leases.ticket(f"flood {number}", creates=True))
+    assert len(tickets) == 120 * floods // (floods + 1)
+    leases.ticket("a newcomer", creates=True).close()
+    for ticket in tickets:
+        ticket.close()
+    hold.release()
+    assert at_rest(leases)
+
+
+async def test_those_that_wait_can_be_refused_at_once_and_leave_nothing_behind():
+    leases = Leases(1, 100, 5.0)
+    hold = await take(leases, A)
+    waiting = [await waiting_for(leases, A) for _ in range(3)] + [await waiting_for(leases, B)]
+    alone = asyncio.ensure_future(leases.lease(A))
+    await asyncio.sleep(0)
+    leases.refuse_waiting(CircuitOpenError)
+    outcomes = await asyncio.gather(*waiting, return_exceptions=True)
+    assert {type(outcome) for outcome in outcomes} == {CircuitOpenError}
+    assert len({id(outcome) for outcome in outcomes}) == 4
+    assert leases.waiting == 0
+    hold.release()
+    (await alone).release()
+    (await take(leases, B)).release()
     assert at_rest(leases)
 
 
@@ -329,7 +466,8 @@ async def test_in_any_order_of_coming_giving_up_and_ending_nothing_is_lost_and_n
         step = chance.random()
         if step < 0.5:
             instance = chance.choice(instances)
-            tasks.append((instance, asyncio.ensure_future(take(leases, instance, f"{chance.randrange(4)}"))))
+            creates = chance.random() < 0.5
+            tasks.append((instance, asyncio.ensure_future(take(leases, instance, f"{chance.randrange(4)}", creates=creates))))
         elif step < 0.65 and tasks:
             chance.choice(tasks)[1].cancel()
         elif running:
@@ -343,6 +481,8 @@ async def test_in_any_order_of_coming_giving_up_and_ending_nothing_is_lost_and_n
         running += [(instance, task.result()) for instance, task in done if not task.cancelled()]
         busy = [instance for instance, _ in running]
         assert len(busy) == len(set(busy)) <= slots
+        assert leases.lacking_slots == len({instance for instance, _ in tasks}.difference(busy))
+        assert all(leases.crowded(instance) == (len(busy) == slots or instance in busy) for instance in instances)
         assert leases.waiting == len(tasks)
         assert len(busy) == slots or all(instance in busy for instance, _ in tasks), "a slot idles while somebody could run"
     for _, task in tasks:

@@ -31,6 +31,7 @@ class Web:
         self.process = process
         self.launcher = launcher
         self.url = url
+        self.port = int(url.rsplit(":", 1)[1])
         self.client = client
 
     async def sql(self, token: str | None = None) -> aiohttp.ClientResponse:
@@ -40,23 +41,28 @@ class Web:
             return response
 
 
-async def start(state_dir: Path, **variables: str) -> asyncio.subprocess.Process:
+async def start(state_dir: Path, program: tuple[str, ...] = ("-m", "gateway.web"), **variables: str) -> asyncio.subprocess.Process:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MAYFLY_")}
     return await asyncio.create_subprocess_exec(
         sys.executable,
-        "-m",
-        "gateway.web",
+        *program,
         cwd=REPO,
-        env={**environment, "MAYFLY_STATE_DIR": str(state_dir), "MAYFLY_LISTEN": "127.0.0.1:0", **variables},
+        env={
+            **environment,
+            "MAYFLY_STATE_DIR": str(state_dir),
+            "MAYFLY_LISTEN": "127.0.0.1:0",
+            "MAYFLY_METRICS_LISTEN": "",
+            **variables,
+        },
         stderr=asyncio.subprocess.PIPE,
     )
 
 
 @asynccontextmanager
-async def web(state_dir: Path, **variables: str) -> AsyncIterator[Web]:
+async def web(state_dir: Path, program: tuple[str, ...] = ("-m", "gateway.web"), **variables: str) -> AsyncIterator[Web]:
     launcher = FakeLauncher(state_dir / "run" / "launcher.sock")
     await launcher.start()
-    process = await start(state_dir, **variables)
+    process = await start(state_dir, program, **variables)
     try:
         async with asyncio.timeout(EVERY_TEST_SECONDS), aiohttp.ClientSession() as client:
             assert process.stderr is not None
@@ -96,6 +102,27 @@ async def test_the_process_serves_large_answers_and_outlives_callers_that_hang_u
         assert (await running.sql(token)).status == 200
 
 
+WITHOUT_A_BREAKER = """
+from gateway.web import __main__, breaker
+
+async def watch(self):
+    await self._awake.wait()
+    raise RuntimeError("wkn_secret")
+
+breaker.Breaker.watch = watch
+raise SystemExit(__main__.main())
+"""
+
+
+async def test_a_process_whose_background_work_has_failed_stops_and_says_where(tmp_path):
+    async with web(tmp_path, program=("-c", WITHOUT_A_BREAKER)) as running:
+        assert (await running.sql()).status == 200
+        _, said = await running.process.communicate()
+        assert running.process.returncode == 0
+        assert b"CRITICAL gateway.web.app the process stops: RuntimeError at <string>" in said
+        assert b"wkn_secret" not in said
+
+
 async def test_sigterm_finishes_what_runs_refuses_what_comes_and_exits_cleanly(tmp_path):
     async with web(tmp_path) as running:
         finish = asyncio.Event()
@@ -114,6 +141,60 @@ async def test_sigterm_finishes_what_runs_refuses_what_comes_and_exits_cleanly(t
         assert await running.process.wait() == 0
         (log,) = (tmp_path / "log").iterdir()
         assert 200 in [json.loads(line)["http_status"] for line in log.read_text().splitlines() if '"POST"' in line]
+
+
+async def test_a_second_signal_ends_it_at_once(tmp_path):
+    # A deadline beyond the test: nothing but the second signal can end this run.
+    async with web(tmp_path, MAYFLY_DEADLINE_SECONDS="600") as running:
+
+        async def busy(run: FakeRun) -> None:
+            run.started()
+            await run.read_request()
+            await run.hung_up()
+            run.ended(Verdict.CANCELLED)
+
+        running.launcher.script = busy
+        request = asyncio.ensure_future(running.sql())
+        await until(lambda: len(running.launcher.requests) == 1)
+        running.process.send_signal(signal.SIGTERM)
+        while True:
+            async with running.client.get(running.url + "/readyz") as response:
+                if response.status == 503:
+                    break
+        running.process.send_signal(signal.SIGTERM)
+        assert await running.process.wait() == 0
+        with pytest.raises(aiohttp.ClientError):
+            await request
+
+
+async def test_stopping_closes_connections_that_wait_for_their_next_request(tmp_path):
+    async with web(tmp_path) as running:
+        finish = asyncio.Event()
+        running.launcher.script = replying_after(finish)
+        request = asyncio.ensure_future(running.sql())
+        reader, writer = await asyncio.open_connection("127.0.0.1", running.port)
+        writer.write(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+        await reader.readuntil(b'{"status":"ok"}')
+        await until(lambda: len(running.launcher.requests) == 1)
+        running.process.send_signal(signal.SIGTERM)
+        assert await reader.read() == b""
+        writer.close()
+        reader, writer = await asyncio.open_connection("127.0.0.1", running.port)
+        writer.write(b"GET /readyz HTTP/1.1\r\nHost: x\r\n\r\n")
+        answer = await reader.read()
+        assert answer.startswith(b"HTTP/1.1 503 ")
+        assert b"\r\nConnection: close\r\n" in answer
+        writer.close()
+        finish.set()
+        assert (await request).status == 200
+        assert await running.process.wait() == 0
+
+
+async def test_too_few_descriptors_for_all_connections_are_a_refusal_to_start(tmp_path):
+    process = await start(tmp_path, MAYFLY_CONNECTIONS="1000000000")
+    _, said = await process.communicate()
+    assert process.returncode == 2
+    assert b"MAYFLY_CONNECTIONS=1000000000 needs 1000000264 open files" in said
 
 
 async def test_an_interrupted_idle_process_exits_cleanly(tmp_path):

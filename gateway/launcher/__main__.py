@@ -15,15 +15,19 @@ from pathlib import Path
 
 import uvloop
 
+from .. import operator_log
 from ..settings import Settings, SettingsError
 from . import state
+from .caps import Caps
 from .engines import Engine
 from .engines.auto import AutoEngine
 from .engines.docker import DockerEngine
 from .engines.slot_containers import SlotContainers
 from .engines.zygote import ZygoteEngine
 from .errors import EngineDownError, ImageMissingError, LauncherError, RefusedError
+from .footprint import Footprint
 from .leases import Leases
+from .metrics import Metrics
 from .readiness import Readiness
 from .reaper import Reaper
 from .registry import Registry
@@ -31,7 +35,7 @@ from .server import Server
 from .service import Service
 from .warmth import Warmth
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("gateway.launcher")
 
 _INFRA = Path(__file__).resolve().parents[2] / "infra"
 SECCOMP_PROFILE = _INFRA / "seccomp.json"
@@ -70,7 +74,10 @@ async def serve(settings: Settings) -> None:
         stack.callback(os.close, state.lock(settings.state_dir))
         deployment = state.deployment_id(settings.state_dir)
         registry = Registry(
-            settings.state_dir / "instances", ttl_seconds=settings.ttl_seconds, min_free_bytes=settings.min_free_bytes
+            settings.state_dir / "instances",
+            ttl_seconds=settings.ttl_seconds,
+            min_free_bytes=settings.min_free_bytes,
+            caps=Caps(settings.instances, settings.most_instances_per_address),
         )
         stack.callback(registry.close)
         if leftovers := registry.sweep_leftovers():
@@ -81,8 +88,10 @@ async def serve(settings: Settings) -> None:
         leases = Leases()
         readiness = Readiness(engine, registry)
         warmth = Warmth(settings, registry, leases, engine, readiness, disk)
-        service = Service(settings, registry, leases, engine, readiness, warmth, disk)
+        service = Service(settings, registry, leases, engine, readiness, warmth, disk, lambda: metrics.text())
         reaper = Reaper(registry, leases, engine, warmth, disk, settings.reap_interval_seconds)
+        footprint = Footprint(settings.state_dir / "instances", settings.reap_interval_seconds)
+        metrics = Metrics(settings, registry, engine, readiness, warmth, service, reaper, footprint)
         try:
             await readiness.prepare()
         except EngineDownError as error:
@@ -100,7 +109,7 @@ async def serve(settings: Settings) -> None:
         server.listen()
         log.info("serving user=%d state=%s instances=%d deployment=%s", uid, settings.state_dir, registry.count, deployment)
         warming = asyncio.create_task(warmth.run())
-        background = [warming, asyncio.create_task(readiness.watch()), asyncio.create_task(reaper.run())]
+        background = [warming, *(asyncio.create_task(part) for part in (readiness.watch(), reaper.run(), footprint.run()))]
         stopping = asyncio.create_task(stop.wait())
         try:
             await asyncio.wait((stopping, *background), return_when=asyncio.FIRST_COMPLETED)
@@ -123,18 +132,18 @@ def main() -> int:
     except SettingsError as error:
         print(f"mayfly launcher: {error}", file=sys.stderr)
         return 2
-    logging.basicConfig(stream=sys.stderr, level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    operator_log.configure(settings, "launcher")
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(serve(settings))
     except RefusedError as error:
-        print(f"mayfly launcher: refused to serve: {error}", file=sys.stderr)
+        operator_log.last_words(settings, "launcher", f"refused to serve: {error}")
         return 1
     except ImageMissingError as error:
-        print(f"mayfly launcher: refused to serve: {error}; infra/up builds it", file=sys.stderr)
+        operator_log.last_words(settings, "launcher", f"refused to serve: {error}; infra/up builds it")
         return 1
     except LauncherError as error:
-        print(f"mayfly launcher: refused to serve: {type(error).__name__}: {error}", file=sys.stderr)
+        operator_log.last_words(settings, "launcher", f"refused to serve: {type(error).__name__}: {error}")
         return 1
     return 0
 

@@ -23,6 +23,22 @@ class StorageLowError(LauncherError):
     """The host's disk has too little room for one more instance."""
 
 
+class HostFullError(LauncherError):
+    """The host has as many live instances as it may."""
+
+
+class OwnerFullError(LauncherError):
+    """The owner has as many live instances as one may. `until` is the unix second at which the first of them ends."""
+
+    def __init__(self, reason: str, *, until: int) -> None:
+        super().__init__(reason)
+        self.until = until
+
+
+class QuotaError(LauncherError):
+    """The instance has had as many runs as one may."""
+
+
 class BusyError(LauncherError):
     """A lease or a slot was not free in time."""
 

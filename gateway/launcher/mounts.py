@@ -45,7 +45,7 @@ _SEALED_BYTES = ctypes.sizeof(_SEALED)
 _CLONE = _OPEN_TREE_CLONE | _OPEN_TREE_CLOEXEC | _AT_SYMLINK_NOFOLLOW
 
 
-def detached(folder: Path) -> int:
+def detached(folder: str | Path) -> int:
     """A descriptor of a new mount of `folder` alone: nosuid, nodev, noexec, private. The caller closes it. Raises OSError."""
     mount: int = _open_tree(_OPEN_TREE, _AT_FDCWD, os.fsencode(folder), _CLONE)
     if mount < 0:
@@ -57,6 +57,6 @@ def detached(folder: Path) -> int:
     return mount
 
 
-def _error(call: str, folder: Path) -> OSError:
+def _error(call: str, folder: str | Path) -> OSError:
     number = ctypes.get_errno()
     return OSError(number, f"{call}: {os.strerror(number)}", str(folder))

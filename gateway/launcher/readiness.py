@@ -30,6 +30,8 @@ class Readiness:
         self._trouble: EngineError | None = EngineDownError("not asked yet")
         self.facts: EngineFacts | None = None
         self.selftest: dict[str, Any] | None = None
+        self.orphans = 0
+        """Containers of an earlier life that were removed."""
 
     @property
     def trouble(self) -> EngineError | None:
@@ -47,6 +49,7 @@ class Readiness:
         try:
             facts = await self._engine.open()
             swept = await self._engine.sweep()
+            self.orphans += swept
             self.selftest = await self_test(self._engine, self._registry)
         except EngineError as error:
             self._fall(error)

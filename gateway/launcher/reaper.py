@@ -30,6 +30,10 @@ class Reaper:
         self._disk = disk
         self._interval_seconds = interval_seconds
         self._swept = False
+        self.reaped = 0
+        """Instances so far."""
+        self.orphans = 0
+        """Containers so far that belonged to nothing."""
 
     async def run(self) -> None:
         """Sweep at every interval of the monotonic clock, until cancelled."""
@@ -43,8 +47,10 @@ class Reaper:
     async def sweep(self) -> None:
         """Once. What fails is logged and met again by the next sweep."""
         loop = asyncio.get_running_loop()
+        while await loop.run_in_executor(self._disk, self._registry.save):
+            pass
         try:
-            await self._engine.sweep()
+            self.orphans += await self._engine.sweep()
             self._swept = True
         except EngineError as error:
             log.warning("orphans not swept: %s", error)
@@ -61,6 +67,8 @@ class Reaper:
             if lease is None:
                 continue  # in use; its lease keeps it until the next sweep
             try:
+                if self._registry.lives(instance):
+                    continue  # it was prepared when they were listed, and somebody has got it since
                 await self._warmth.discard(instance)
                 reaped += await loop.run_in_executor(self._disk, self._registry.remove, instance)
                 log.debug("reaped instance=%s", instance)
@@ -68,5 +76,6 @@ class Reaper:
                 log.warning("not reaped instance=%s: %s", instance, error)
             finally:
                 lease.release_after(self._engine.removal(instance))
+        self.reaped += reaped
         if reaped:
             log.info("reaped %d instances", reaped)

@@ -18,7 +18,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..protocol import REQUEST_BYTES, MalformedPacketError, Reply, Request, Status, Verb
+from ..operator_log import about
+from ..protocol import REQUEST_BYTES, MalformedPacketError, Reply, Request, Verb
+from .errors import BusyError
 from .service import Service
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ _DESCRIPTOR_BYTES = array.array("i").itemsize
 _ANCILLARY_BYTES = socket.CMSG_SPACE(2 * _DESCRIPTOR_BYTES)  # the kernel closes what finds no room, and sets MSG_CTRUNC
 _UNIX_STREAM = (int(socket.AF_UNIX), int(socket.SOCK_STREAM))
 _CUT_SHORT = int(socket.MSG_TRUNC | socket.MSG_CTRUNC)
-_TOLD_AT_ONCE = frozenset({Verb.FIND, Verb.HEALTH})
+_TOLD_AT_ONCE = frozenset({Verb.FIND, Verb.HEALTH, Verb.METRICS})
 _CREDENTIALS = struct.Struct("3i")
 _BACKLOG = 16
 
@@ -206,22 +208,22 @@ class _Connection:
         if len(self._in_flight) >= self._server._max_in_flight:
             if caller is not None:
                 caller.close()
-            self.send(Reply(Status.BUSY, request.sequence, detail="too many requests at a time", instance=request.instance))
+            self.send(self._server._service.refuse(request, BusyError("too many requests at a time")))
         elif request.verb in _TOLD_AT_ONCE:
             self.send(self._server._service.tell(request))
         else:
             task = self._loop.create_task(self._server._service.answer(request, caller, self.send))
             self._in_flight[request.sequence] = task
             self._server._tasks.add(task)
-            task.add_done_callback(partial(self._finished, request.sequence, caller))
+            task.add_done_callback(partial(self._finished, request.sequence, request.request_id, caller))
 
-    def _finished(self, sequence: int, caller: socket.socket | None, task: asyncio.Task[None]) -> None:
+    def _finished(self, sequence: int, request_id: bytes, caller: socket.socket | None, task: asyncio.Task[None]) -> None:
         if caller is not None:
             caller.close()  # here and not in the task, which has not run a step if it was cancelled before its first
         del self._in_flight[sequence]
         self._server._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("a request failed by a defect of the launcher", exc_info=error)
+            log.error("a defect of the launcher", exc_info=error, extra=about(request_id))
 
     def _receive(self, descriptors: list[int]) -> bytes:
         """One packet; its descriptors are in the list as soon as they are ours, whatever is wrong with the packet."""
@@ -265,7 +267,6 @@ def _caller(request: Request, descriptors: list[int]) -> socket.socket | None:
         if kind != _UNIX_STREAM:
             raise MalformedPacketError("the descriptor is not a unix stream socket")
         caller.getpeername()
-        caller.setblocking(False)
     except OSError:
         caller.close()
         raise MalformedPacketError("the socket is not connected") from None

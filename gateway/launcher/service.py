@@ -9,10 +9,14 @@ import os
 import socket
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Executor
+from functools import partial
 from typing import TypeVar
 
+from ..metrics import Durations
+from ..operator_log import about
 from ..protocol import Reply, Request, Status, Verb, Verdict
 from ..settings import Settings
 from ..uuid7 import uuid7
@@ -21,12 +25,16 @@ from .errors import (
     BusyError,
     EngineDownError,
     EngineError,
+    HostFullError,
     ImageMissingError,
     LauncherError,
+    OwnerFullError,
+    QuotaError,
     StorageLowError,
     UnknownInstanceError,
 )
 from .leases import Lease, Leases
+from .memory import available_bytes
 from .readiness import Readiness
 from .registry import Record, Registry
 from .warmth import Warmth
@@ -42,7 +50,11 @@ _STATUSES: dict[type[Exception], Status] = {
     BusyError: Status.BUSY,
     EngineDownError: Status.ENGINE_DOWN,
     ImageMissingError: Status.IMAGE_MISSING,
+    QuotaError: Status.QUOTA,
+    OwnerFullError: Status.OWNER_FULL,
+    HostFullError: Status.HOST_FULL,
 }
+_EVERYDAY = frozenset({Status.UNKNOWN, Status.QUOTA, Status.OWNER_FULL})  # by the callers' doing, as often as they like
 
 
 class Service:
@@ -55,6 +67,7 @@ class Service:
         readiness: Readiness,
         warmth: Warmth,
         disk: Executor,
+        metrics: Callable[[], str] = str,
     ) -> None:
         self._settings = settings
         self._registry = registry
@@ -63,19 +76,37 @@ class Service:
         self._readiness = readiness
         self._warmth = warmth
         self._disk = disk
+        self._metrics = metrics
+        self.created = 0
+        """Instances so far that somebody was given."""
+        self.removed = 0
+        """Instances so far that the gateway had deleted."""
+        self.container_seconds = Durations()
+        """From RUN until a container holds its request."""
+        self.sql_seconds = Durations()
+        """From then until the container's end."""
+        self.verdicts: Counter[Verdict] = Counter()
+        """Runs so far, by how they ended."""
+        self.refusals: Counter[Status] = Counter()
+        """What was answered otherwise, by status."""
         # The gateway keeps to its slots by itself; these hold even if it does not, and while a removal is pending.
         self._slots = asyncio.Semaphore(settings.slots)
         self._running = 0
 
+    @property
+    def running(self) -> int:
+        return self._running
+
     def tell(self, request: Request) -> Reply:
-        """The answer to FIND or HEALTH, which nobody has to wait for."""
+        """The answer to FIND, HEALTH or METRICS, which nobody has to wait for."""
         try:
             if request.verb is Verb.FIND:
                 expires_at = self._registry.find(request.instance).expires_at
                 return Reply(Status.DONE, request.sequence, expires_at, instance=request.instance)
-            return Reply(Status.DONE, request.sequence, detail=self._health())
+            detail = self._health() if request.verb is Verb.HEALTH else self._metrics()
+            return Reply(Status.DONE, request.sequence, detail=detail)
         except (LauncherError, OSError) as error:
-            return _refusal(request, error)
+            return self.refuse(request, error)
 
     async def answer(self, request: Request, caller: socket.socket | None, send: Answer) -> None:
         """Do what one packet asks for. `caller` is RUN's socket; who calls this closes it, whatever comes of it."""
@@ -86,47 +117,75 @@ class Service:
                         raise LauncherError("RUN without a socket")
                     await self._run(request, caller, send)
                 case Verb.CREATE:
-                    instance, record = await self._warmth.claim() or await self._create()
-                    log.debug("created instance=%s expires_at=%d", instance, record.expires_at)
+                    instance, record = await self._warmth.claim(request.owner) or await self._create(request.owner)
+                    self.created += 1
+                    extra = about(request.request_id)
+                    log.debug("created instance=%s expires_at=%d", instance, record.expires_at, extra=extra)
                     send(Reply(Status.DONE, request.sequence, record.expires_at, instance=instance))
                 case Verb.REMOVE:
-                    await self._remove(request.instance)
+                    await self._remove(request)
                     send(Reply(Status.DONE, request.sequence, instance=request.instance))
                 case _:
                     send(self.tell(request))
         except (LauncherError, OSError) as error:
-            send(_refusal(request, error))
+            send(self.refuse(request, error))
 
-    async def _create(self) -> tuple[uuid.UUID, Record]:
+    def refuse(self, request: Request, error: Exception) -> Reply:
+        """The answer to what could not be done."""
+        status = _STATUSES.get(type(error), Status.FAILED)
+        self.refusals[status] += 1
+        log.log(
+            logging.DEBUG if status in _EVERYDAY else logging.WARNING,
+            "%s failed instance=%s status=%s: %s",
+            request.verb.name,
+            request.instance,
+            status.name,
+            error,
+            extra=about(request.request_id),
+        )
+        until = error.until if isinstance(error, OwnerFullError) else 0
+        return Reply(status, request.sequence, until, detail=str(error), instance=request.instance)
+
+    async def _create(self, owner: bytes) -> tuple[uuid.UUID, Record]:
         instance = uuid7()
-        return instance, await self._on_disk(self._registry.create, instance)
+        return instance, await self._on_disk(partial(self._registry.create, owner=owner), instance)
 
-    async def _remove(self, instance: uuid.UUID) -> None:
+    async def _remove(self, request: Request) -> None:
+        instance = request.instance
         with await self._hold(instance):
             await self._warmth.discard(instance)
             if await self._on_disk(self._registry.remove, instance):
-                log.info("removed instance=%s", instance)
+                self.removed += 1
+                log.info("removed instance=%s", instance, extra=about(request.request_id))
 
     async def _run(self, request: Request, caller: socket.socket, send: Answer) -> None:
         instance = request.instance
-        self._registry.find(instance)
+        self._usable(instance)
         self._require_engine()
         if self._engine.removal(instance) is not None:
             raise EngineDownError("a container of this instance cannot be removed yet")  # for as long as Docker likes
         asked_at = time.monotonic()
         with await self._hold(instance, self._slots):
             # Below here nobody else uses the volume, and it cannot be reaped. It may have expired in the queue.
-            expires_at = self._registry.find(instance).expires_at
+            expires_at = self._usable(instance).expires_at
             self._require_engine()
             leased_at = time.monotonic()
             self._running += 1
             warm = self._warmth.taken(instance)
+            started_at = 0.0
+
+            def started() -> None:
+                nonlocal started_at
+                started_at = time.monotonic()
+                if not request.quiet:
+                    send(Reply(Status.STARTED, request.sequence, expires_at, instance=instance))
+
             try:
                 verdict = await self._engine.run(
                     instance,
                     self._registry.volume(instance),
                     caller,
-                    lambda: send(Reply(Status.STARTED, request.sequence, expires_at, instance=instance)),
+                    started,
                 )
             except (EngineError, OSError) as error:
                 if isinstance(error, EngineError):
@@ -135,6 +194,13 @@ class Service:
                 raise
             finally:
                 self._running -= 1
+            if self._settings.queries_per_instance:
+                self._registry.ran(instance)
+        ended_at = time.monotonic()
+        self.verdicts[verdict] += 1
+        if started_at:
+            self.container_seconds.observe(started_at - asked_at)
+            self.sql_seconds.observe(ended_at - started_at)
         self._warmth.want(instance)
         log.log(
             logging.DEBUG if verdict is Verdict.EXITED else logging.INFO,  # the access log has every run; a line takes 20 µs
@@ -143,9 +209,16 @@ class Service:
             verdict.name,
             "warm" if warm else "cold",
             (leased_at - asked_at) * 1000,
-            (time.monotonic() - leased_at) * 1000,
+            (ended_at - leased_at) * 1000,
+            extra=about(request.request_id),
         )
         send(Reply(Status.ENDED, request.sequence, expires_at, verdict, instance=instance))
+
+    def _usable(self, instance: uuid.UUID) -> Record:
+        record = self._registry.find(instance)
+        if 0 < self._settings.queries_per_instance <= record.queries:
+            raise QuotaError(f"{record.queries} runs")
+        return record
 
     def _require_engine(self) -> None:
         if (trouble := self._readiness.trouble) is not None:
@@ -198,6 +271,7 @@ class Service:
                 "separation": self._settings.web_uid not in (-1, own_uid),
                 "free_bytes": self._registry.free_bytes(),
                 "min_free_bytes": self._settings.min_free_bytes,
+                "available_memory_bytes": available_bytes(),
             }
         )
 
@@ -225,10 +299,3 @@ class _Held:
         if self._slots is not None:
             self._slots.release()
         self._lease.release()
-
-
-def _refusal(request: Request, error: Exception) -> Reply:
-    status = _STATUSES.get(type(error), Status.FAILED)
-    level = logging.DEBUG if status is Status.UNKNOWN else logging.WARNING
-    log.log(level, "%s failed instance=%s status=%s: %s", request.verb.name, request.instance, status.name, error)
-    return Reply(status, request.sequence, detail=str(error), instance=request.instance)

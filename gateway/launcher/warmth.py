@@ -72,24 +72,32 @@ class Warmth:
         """Containers that wait for a request of an instance that somebody has."""
         return len(self._waiting)
 
-    async def claim(self) -> tuple[uuid.UUID, Record] | None:
-        """A fresh instance from the nursery, its life beginning now; None when the nursery is empty."""
+    async def claim(self, owner: bytes) -> tuple[uuid.UUID, Record] | None:
+        """A fresh instance from the nursery, its life beginning now; None when the nursery is empty. Raises as `Registry.claim`."""
         if not self._nursery:
             return None
         instance = next(iter(self._nursery))
         lease = self._nursery.pop(instance)
         try:
-            record = await self._on_disk(self._registry.claim, instance)
-        except BaseException:
+            record = await self._on_disk(partial(self._registry.claim, owner=owner), instance)
+        except (LauncherError, OSError):
             self._nursery[instance] = lease
+            raise
+        except asyncio.CancelledError:
+            # The disk may claim it yet. It is given to nobody: its container goes when it has idled, the instance by the reaper.
+            self._release(instance, lease)
             raise
         if self._engine.is_prepared(instance):
             self._pause_seconds = 0.0
+        self._release(instance, lease)
+        return instance, record
+
+    def _release(self, instance: uuid.UUID, lease: Lease) -> None:
+        """It is no nursling any more."""
         self._waiting[instance] = asyncio.get_running_loop().time()
         lease.release()
         self._something_to_start.set()
         self._something_to_drop.set()
-        return instance, record
 
     def taken(self, instance: uuid.UUID) -> bool:
         """A run begins, and takes what waits for it; whether something does. The caller holds the lease."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -17,12 +18,16 @@ from .errors import (
     InvalidArgsError,
     InvalidJsonError,
     MissingSqlError,
+    OverloadedError,
     RequestTimeoutError,
     UnsupportedMediaTypeError,
 )
+from .exchange import EXCHANGE
+from .rates import counted_as
 from .values import Int64, is_argument_tag
 
-BODY_TIMEOUT_SECONDS = 30.0
+# Of all bodies that are arriving; beyond it the one that grows is refused.
+ROOM_BYTES = 64 << 20
 # Far beyond what statements of the documented sizes take; each costs time on the loop that all callers share.
 MAX_ARGUMENTS = 10_000
 
@@ -68,25 +73,51 @@ def check_headers(request: web.Request, max_bytes: int) -> None:
         raise BodyTooLargeError(hint=f"at most {max_bytes} bytes")
 
 
-async def read(request: web.Request, max_bytes: int) -> bytes:
-    """The whole body, counted while it arrives."""
-    received = bytearray()
-    try:
-        if request.content.is_eof():  # came with its head, as most do
-            received += request.content.read_nowait()
-            if len(received) > max_bytes:
-                raise BodyTooLargeError(hint=f"at most {max_bytes} bytes")
-            return bytes(received)
-        async with asyncio.timeout(BODY_TIMEOUT_SECONDS):
-            async for chunk in request.content.iter_any():
-                received += chunk
-                if len(received) > max_bytes:
-                    raise BodyTooLargeError(hint=f"at most {max_bytes} bytes")
-    except TimeoutError:
-        raise RequestTimeoutError(hint=f"the body must arrive within {BODY_TIMEOUT_SECONDS:.0f} s") from None
-    except (HttpProcessingError, ClientPayloadError, web.RequestPayloadError):
-        raise BadRequestError(hint="the body's transfer coding is broken") from None
-    return bytes(received)
+class Bodies:
+    """Reads bodies, each counted while it arrives. A body that came with its head takes no room.
+
+    Together they take a bounded room, and those of one address no more of it than they leave free.
+    """
+
+    def __init__(self, max_bytes: int, seconds: float, room_bytes: int = ROOM_BYTES) -> None:
+        self._max_bytes = max_bytes
+        self._seconds = seconds
+        self._room = room_bytes
+        self._held: Counter[str] = Counter()
+
+    async def read(self, request: web.Request) -> bytes:
+        """The whole body; raises BodyTooLargeError, RequestTimeoutError, BadRequestError, or OverloadedError without room."""
+        received = bytearray()
+        taken = 0
+        address = counted_as(request[EXCHANGE].address)
+        try:
+            if request.content.is_eof():  # as most do
+                received += request.content.read_nowait()
+                self._check_size(received)
+                return bytes(received)
+            async with asyncio.timeout(self._seconds):
+                async for chunk in request.content.iter_any():
+                    received += chunk
+                    self._check_size(received)
+                    self._room -= len(chunk)
+                    self._held[address] += len(chunk)
+                    taken += len(chunk)
+                    if self._held[address] > self._room:
+                        raise OverloadedError(reason="bodies that arrive take all the room they may")
+        except TimeoutError:
+            raise RequestTimeoutError(hint=f"the body must arrive within {self._seconds:g} s") from None
+        except (HttpProcessingError, ClientPayloadError, web.RequestPayloadError):
+            raise BadRequestError(hint="the body's transfer coding is broken") from None
+        finally:
+            self._room += taken
+            self._held[address] -= taken
+            if not self._held[address]:
+                del self._held[address]
+        return bytes(received)
+
+    def _check_size(self, received: bytearray) -> None:
+        if len(received) > self._max_bytes:
+            raise BodyTooLargeError(hint=f"at most {self._max_bytes} bytes")
 
 
 def parse(raw: bytes) -> Statement:

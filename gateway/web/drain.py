@@ -15,6 +15,7 @@ class Drain:
         self._active = 0
         self._idle = asyncio.Event()
         self._idle.set()
+        self._hurried = False
 
     @property
     def draining(self) -> bool:
@@ -34,12 +35,17 @@ class Drain:
             if self._active == 0:
                 self._idle.set()
 
+    def hurry(self) -> None:
+        """Whoever waits for the rest waits no longer."""
+        self._hurried = True
+        self._idle.set()
+
     async def begin(self, timeout_seconds: float) -> bool:
-        """Refuse new work and wait for the rest; False if some was still at hand after the timeout."""
+        """Refuse new work and wait for the rest; False if some was still at hand after the timeout, or when hurried."""
         self._draining = True
         try:
             async with asyncio.timeout(timeout_seconds):
                 await self._idle.wait()
         except TimeoutError:
             return False
-        return True
+        return not self._hurried

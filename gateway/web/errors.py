@@ -125,7 +125,7 @@ class QueryTimeoutError(CallerError, code="query_timeout", status=408, text="que
 
 
 class RequestTimeoutError(CallerError, code="request_timeout", status=408, text="request timeout"):
-    """The body did not arrive in time."""
+    """The header or the body did not arrive in time."""
 
 
 class BodyTooLargeError(CallerError, code="body_too_large", status=413, text="request body too large"):
@@ -141,6 +141,16 @@ class RateLimitedError(CallerError, code="rate_limited", status=429, text="rate 
 
     def __init__(self, *, retry_after_seconds: int, headers: Mapping[str, str]) -> None:
         super().__init__(headers={**headers, "Retry-After": str(retry_after_seconds)})
+
+
+class TooManyInstancesError(
+    CallerError, code="too_many_instances", status=429, text="too many live instances", retry_after_seconds=60
+):
+    """This address has as many live instances as one may have; `Retry-After` says when the oldest of them ends."""
+
+
+class QueryQuotaError(CallerError, code="query_quota", status=429, text="instance query limit exceeded"):
+    """The instance has answered as many requests as one may; start a new instance."""
 
 
 class StorageLimitError(CallerError, code="storage_limit", status=507, text="instance storage limit exceeded"):
@@ -183,6 +193,14 @@ class ImageMissingError(ServiceError, code="image_missing", status=503, text="ru
 
 class HostStorageLowError(ServiceError, code="host_storage_low", status=503, text="host storage low", retry_after_seconds=60):
     """The host has no room for more data."""
+
+
+class HostFullError(ServiceError, code="host_full", status=503, text="too many instances", retry_after_seconds=30):
+    """The host has as many live instances as it may; those that live go on."""
+
+
+class CircuitOpenError(ServiceError, code="circuit_open", status=503, text="circuit breaker open", retry_after_seconds=5):
+    """The service is refusing work until it is well again: too much waits, or memory, disk, engine or runs are in trouble."""
 
 
 def leaves(branch: type[ApiError] = ApiError) -> Iterator[type[ApiError]]:

@@ -1,5 +1,4 @@
-"""GET /healthz: whether a request could be served now, from the launcher's own word, asked at most once a second
-while it is there."""
+"""GET /healthz and /readyz: whether a request could be served now, from the launcher's own word, asked at most once a second."""
 
 from __future__ import annotations
 
@@ -10,15 +9,21 @@ import msgspec
 
 from .. import __version__
 from ..settings import Settings
+from .breaker import Breaker
 from .drain import Drain
 from .errors import ApiError, EngineUnavailableError, LauncherUnavailableError, ShuttingDownError
 from .launcher import Launcher
 
 _FRESH_SECONDS = 1.0
+# Who starts the service wants to know soon that it is there.
+_FRESH_TROUBLE_SECONDS = 0.2
 _MAX_STRING_CHARS = 200
 
 # What of the launcher's report is for everybody; paths, ids and the words of a failure at work are for the operator.
 PUBLIC_KEYS = frozenset({"engine", "engine_choice", "daemon", "runtime", "instances", "running", "nursery", "successors"})
+
+LIVE = msgspec.json.encode({"status": "ok"})
+"""The answer of GET /livez."""
 
 _log = logging.getLogger(__name__)
 _report = msgspec.json.Decoder(dict[str, object])
@@ -27,24 +32,34 @@ Report = dict[str, object]
 
 
 class Health:
-    def __init__(self, settings: Settings, launcher: Launcher, drain: Drain) -> None:
+    def __init__(self, settings: Settings, launcher: Launcher, drain: Drain, breaker: Breaker) -> None:
         self._engine = settings.engine
         self._launcher = launcher
         self._drain = drain
+        self._breaker = breaker
         self._asking = asyncio.Lock()
         self._known_until = 0.0
         self._known: tuple[int, Report] = (503, {})
+        self._said = ""
 
     async def report(self) -> tuple[int, Report]:
-        """HTTP status and body."""
+        """HTTP status and body of GET /healthz."""
         if self._drain.draining:
             return self._unavailable(ShuttingDownError())
+        if self._breaker.refuses(creates=False):
+            return self._unavailable(self._breaker.trouble())
         loop = asyncio.get_running_loop()
         async with self._asking:
-            if loop.time() >= self._known_until or not self._launcher.connected:
-                self._known = await self._ask()
-                self._known_until = loop.time() + _FRESH_SECONDS
+            lost = self._known[0] == 200 and not self._launcher.connected
+            if lost or loop.time() >= self._known_until:
+                self._known = status, _ = await self._ask()
+                self._known_until = loop.time() + (_FRESH_SECONDS if status == 200 else _FRESH_TROUBLE_SECONDS)
             return self._known
+
+    async def readiness(self) -> tuple[int, Report]:
+        """HTTP status and body of GET /readyz: the same in short."""
+        status, report = await self.report()
+        return status, {key: report[key] for key in ("status", "reason") if key in report}
 
     async def _ask(self) -> tuple[int, Report]:
         try:
@@ -53,8 +68,9 @@ class Health:
             return self._unavailable(LauncherUnavailableError(reason="HEALTH is not a JSON object"))
         except ApiError as error:
             return self._unavailable(error)
-        if told.get("trouble") is not None or told.get("daemon") == "down":
-            return self._unavailable(EngineUnavailableError(reason=f"launcher: {told.get('trouble')!r}"))
+        if (trouble := told.get("trouble")) is not None:
+            return self._unavailable(EngineUnavailableError(reason=f"launcher: {trouble!r}"))
+        self._said = ""
         public = {key: _cut(value) for key, value in told.items() if key in PUBLIC_KEYS and _is_plain(value)}
         return 200, {
             "status": "ok",
@@ -66,7 +82,9 @@ class Health:
         }
 
     def _unavailable(self, error: ApiError) -> tuple[int, Report]:
-        _log.warning("healthz: %s %s", error.code, error.reason)
+        if error.code != self._said:
+            self._said = error.code
+            _log.warning("not ready: %s %s", error.code, error.reason)
         return 503, {"status": "unavailable", "version": __version__, "reason": error.code}
 
 

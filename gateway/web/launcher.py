@@ -13,23 +13,38 @@ import logging
 import os
 import socket
 import struct
+import time
 import uuid
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from ..protocol import MAX_REPLY_BYTES, NO_INSTANCE, MalformedPacketError, Reply, Request, Status, Verb, Verdict
+from ..protocol import (
+    MAX_REPLY_BYTES,
+    NO_INSTANCE,
+    NO_REQUEST,
+    NOBODY,
+    MalformedPacketError,
+    Reply,
+    Request,
+    Status,
+    Verb,
+    Verdict,
+)
 from .errors import (
     ApiError,
     EngineUnavailableError,
+    HostFullError,
     HostStorageLowError,
     ImageMissingError,
     InstanceNotFoundError,
     InternalError,
     LauncherUnavailableError,
     OverloadedError,
+    QueryQuotaError,
+    TooManyInstancesError,
 )
 
 _ANSWER_SECONDS = 10.0
@@ -38,13 +53,14 @@ _PEER = struct.Struct("3i")
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class _RunCall:
-    started: Callable[[int], None]
+class _RunCall(NamedTuple):
+    started: Callable[[int], None] | None
     over: Callable[[Verdict | ApiError], None]
 
 
 class Launcher:
+    """`request_id` is that of the HTTP request that a call is part of, for the launcher's log."""
+
     def __init__(self, path: Path) -> None:
         self._path = path
         self._socket: socket.socket | None = None
@@ -65,57 +81,73 @@ class Launcher:
         """Whether the launcher at the other end runs under another user than this process."""
         return self._socket is not None and self._peer_uid != os.geteuid()
 
-    async def create(self) -> tuple[uuid.UUID, int]:
-        """Have an instance made: its id, and the unix second of its deletion."""
-        reply = await self._ask(Verb.CREATE, NO_INSTANCE)
+    async def create(self, owner: bytes, request_id: bytes) -> tuple[uuid.UUID, int]:
+        """Have an instance made for the owner of that tag: its id, and the unix second of its deletion."""
+        reply = await self._ask(Verb.CREATE, request_id=request_id, owner=owner)
         if reply.status is not Status.DONE:
             raise _failure(reply)
         return reply.instance, reply.expires_at
 
-    async def find(self, instance: uuid.UUID) -> int | None:
+    async def find(self, instance: uuid.UUID, request_id: bytes = NO_REQUEST) -> int | None:
         """The unix second of an instance's deletion, or None if there is no such instance."""
-        reply = await self._ask(Verb.FIND, instance)
+        reply = await self._ask(Verb.FIND, instance=instance, request_id=request_id)
         if reply.status is Status.UNKNOWN:
             return None
         if reply.status is not Status.DONE:
             raise _failure(reply)
         return reply.expires_at
 
-    async def remove(self, instance: uuid.UUID) -> None:
+    async def remove(self, instance: uuid.UUID, request_id: bytes = NO_REQUEST) -> None:
         """Delete an instance; one that is gone already is a success."""
-        reply = await self._ask(Verb.REMOVE, instance)
+        reply = await self._ask(Verb.REMOVE, instance=instance, request_id=request_id)
         if reply.status not in (Status.DONE, Status.UNKNOWN):
             raise _failure(reply)
 
     async def health(self) -> str:
         """The launcher's JSON object, not yet parsed."""
-        reply = await self._ask(Verb.HEALTH, NO_INSTANCE)
-        if reply.status is not Status.DONE:
-            raise _failure(reply)
-        return reply.detail
+        return await self._tell(Verb.HEALTH)
+
+    async def metrics(self) -> str:
+        """The launcher's metrics in Prometheus's text format."""
+        return await self._tell(Verb.METRICS)
 
     def run(
         self,
         instance: uuid.UUID,
         passed: socket.socket,
-        started: Callable[[int], None],
+        started: Callable[[int], None] | None,
         over: Callable[[Verdict | ApiError], None],
+        request_id: bytes = NO_REQUEST,
     ) -> None:
         """Ask for a container that holds `passed`, which is closed here in every case. Raises LauncherUnavailableError.
 
-        `started` hears the unix second of the instance's deletion. `over` hears, once, the verdict, or why there will be none:
-        RUN was refused, or the connection was lost.
+        `started` hears the unix second of the instance's deletion; None spares both ends a packet. `over` hears, once, the verdict,
+        or why there will be none: RUN was refused, or the connection was lost.
         """
         sequence = next(self._sequences)
-        self._send(Request(Verb.RUN, sequence, instance).pack(), passed)
+        self._send(Request(Verb.RUN, sequence, instance, started is None, request_id).pack(), passed)
         self._runs[sequence] = _RunCall(started, over)
+
+    def hurry(self) -> None:
+        """The launcher is silent: nobody waits for what it was asked, runs aside. An instance that it still makes is removed."""
+        for verb, answer in self._answers.values():
+            if verb is not Verb.HEALTH and not answer.done():
+                answer.set_exception(LauncherUnavailableError(reason=f"no answer to {verb.name}: the launcher is silent"))
 
     def close(self) -> None:
         """Fail what is outstanding and drop the connection. The next call would connect again."""
         self._lose("closed")
 
-    async def _ask(self, verb: Verb, instance: uuid.UUID) -> Reply:
-        answer = self._order(verb, instance)
+    async def _tell(self, verb: Verb) -> str:
+        reply = await self._ask(verb)
+        if reply.status is not Status.DONE:
+            raise _failure(reply)
+        return reply.detail
+
+    async def _ask(
+        self, verb: Verb, *, instance: uuid.UUID = NO_INSTANCE, request_id: bytes = NO_REQUEST, owner: bytes = NOBODY
+    ) -> Reply:
+        answer = self._order(verb, instance, request_id, owner)
         try:
             async with asyncio.timeout(_ANSWER_SECONDS):
                 return await answer
@@ -127,9 +159,11 @@ class Launcher:
                 self._remove_unwanted(answer.result())  # cancelled in the instant between the answer and its being looked at
             raise
 
-    def _order(self, verb: Verb, instance: uuid.UUID) -> asyncio.Future[Reply]:
+    def _order(
+        self, verb: Verb, instance: uuid.UUID, request_id: bytes = NO_REQUEST, owner: bytes = NOBODY
+    ) -> asyncio.Future[Reply]:
         sequence = next(self._sequences)
-        self._send(Request(verb, sequence, instance).pack(), None)
+        self._send(Request(verb, sequence, instance, False, request_id, owner).pack(), None)
         answer: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self._answers[sequence] = verb, answer
         return answer
@@ -143,12 +177,14 @@ class Launcher:
     def _connected(self) -> socket.socket:
         if self._socket is not None:
             return self._socket
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+        connection: socket.socket | None = None
         try:
+            connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
             connection.connect(str(self._path))
             peer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
         except OSError as error:
-            connection.close()
+            if connection is not None:
+                connection.close()
             raise LauncherUnavailableError(reason=f"{self._path}: {error.strerror}") from None
         self._peer_uid = _PEER.unpack(peer)[1]
         asyncio.get_running_loop().add_reader(connection, self._receive)
@@ -222,6 +258,8 @@ class Launcher:
         if call is None:
             raise MalformedPacketError("an answer to nothing")
         if reply.status is Status.STARTED:
+            if call.started is None:
+                raise MalformedPacketError("STARTED was not asked for")
             call.started(reply.expires_at)
             return
         del self._runs[reply.sequence]
@@ -262,6 +300,12 @@ def _failure(reply: Reply) -> ApiError:
             return HostStorageLowError(reason=reason)
         case Status.BUSY:
             return OverloadedError(reason=reason)
+        case Status.QUOTA:
+            return QueryQuotaError(hint="start a new instance")
+        case Status.OWNER_FULL:
+            return TooManyInstancesError(headers={"Retry-After": str(max(1, reply.expires_at - int(time.time())))})
+        case Status.HOST_FULL:
+            return HostFullError(reason=reason)
         case _:
             return InternalError(reason=reason)
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import traceback
+import time
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from .appkeys import ACCESS_LOG
+from ..operator_log import about, where
+from .appkeys import ACCESS_LOG, CALLERS, DRAIN, TRAFFIC
 from .errors import (
     NO_REQUEST_ID,
     ApiError,
     BadRequestError,
+    CircuitOpenError,
     InstanceNotFoundError,
     InternalError,
     MethodNotAllowedError,
@@ -44,12 +46,15 @@ _log = logging.getLogger(__name__)
 async def logged(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Outermost: begins the exchange, and writes its line however it ends."""
     log = request.app[ACCESS_LOG]
-    at = log.now()
-    exchange = request[EXCHANGE] = Exchange()
+    at, began = log.now(), time.perf_counter()
+    address = request.app[CALLERS].of(request.remote or "", request.headers.getall("X-Forwarded-For", ()))
+    exchange = request[EXCHANGE] = Exchange(address)
     status = InternalError.status
     try:
         response = await handler(request)
         status = response.status
+        if request.app[DRAIN].draining:
+            response.force_close()
         return response
     except asyncio.CancelledError:
         status = CLIENT_CLOSED
@@ -57,13 +62,14 @@ async def logged(request: web.Request, handler: Handler) -> web.StreamResponse:
     finally:
         log.record(
             at=at,
-            source_ip=request.remote or "",
+            source_ip=address,
             instance=exchange.instance,
             method=request.method,
             status=status,
             sql_bytes=exchange.sql_bytes,
             user_agent=request.headers.get("User-Agent", ""),
         )
+        request.app[TRAFFIC].count(request.path, request.method, status, exchange.code, time.perf_counter() - began)
 
 
 @web.middleware
@@ -89,27 +95,21 @@ async def finish_headers(request: web.Request, response: web.StreamResponse) -> 
     response.headers.pop("Server", None)
 
 
-def where(error: BaseException) -> str:
-    """An exception's class and the places it passed. Its message is left out: it can quote what the tenant sent."""
-    frames = traceback.extract_tb(error.__traceback__)[-6:]
-    places = " < ".join(f"{frame.filename.rsplit('/', 1)[-1]}:{frame.lineno} {frame.name}" for frame in reversed(frames))
-    return f"{type(error).__name__} at {places}"
-
-
 def _refuse(exchange: Exchange, error: ApiError) -> web.Response:
     request_id, headers = exchange.request_id, {**exchange.headers, **error.headers}
     if isinstance(error, InstanceNotFoundError):
         # The same bytes and headers for every token failure: no id, no counters, no expiry.
         request_id, headers, exchange.instance = NO_REQUEST_ID, {}, None
-    if isinstance(error, ServiceError):
+    if isinstance(error, ServiceError) and not isinstance(error, CircuitOpenError):  # the breaker says once what is wrong
         _log.log(
             logging.ERROR if error.status == InternalError.status else logging.WARNING,
-            "%s %d %s %s",
-            request_id,
+            "%d %s %s",
             error.status,
             error.code,
             error.reason,
+            extra=about(request_id),
         )
+    exchange.code = error.code
     headers["X-Request-ID"] = request_id
     return web.Response(status=error.status, body=error.body(request_id), content_type="application/json", headers=headers)
 

@@ -182,6 +182,23 @@ def build() -> _Object:
                     },
                 }
             },
+            "/readyz": {
+                "get": {
+                    "operationId": "readyz",
+                    "summary": "The same, without the report.",
+                    "responses": {
+                        "200": {"description": "It could.", "content": _json("Health")},
+                        "503": {"description": "It could not; `reason` is an error code.", "content": _json("Health")},
+                    },
+                }
+            },
+            "/livez": {
+                "get": {
+                    "operationId": "livez",
+                    "summary": "Whether the process serves at all.",
+                    "responses": {"200": {"description": "It does.", "content": _json("Health")}},
+                }
+            },
             "/openapi.json": {
                 "get": {
                     "operationId": "openapi",

@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import socket
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 from ...protocol import Verdict
@@ -22,6 +21,14 @@ class EngineFacts:
     version: str
     runtime: str
     image_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class SlotFigures:
+    """For the metrics. `standing` slots serve a run or could; `replaced` counts since the start, by reason."""
+
+    standing: int
+    replaced: Mapping[str, int]
 
 
 class Engine(Protocol):
@@ -51,6 +58,10 @@ class Engine(Protocol):
     def starts_ahead(self) -> bool:
         """Whether `prepare` saves a run anything. Where not, nobody calls it, and nothing ever waits for an instance."""
 
+    @property
+    def slots(self) -> SlotFigures:
+        """Of MAYFLY_SLOTS. An engine without standing containers has all of them."""
+
     async def open(self) -> EngineFacts:
         """Connect, or connect again, and start what has to stand. What stands already is kept.
 
@@ -63,7 +74,7 @@ class Engine(Protocol):
     async def run(
         self,
         instance: uuid.UUID,
-        volume: Path,
+        volume: str,
         caller: socket.socket,
         started: Callable[[], None],
         command: Command = "serve",
@@ -84,7 +95,7 @@ class Engine(Protocol):
     def spare_turn(self) -> AbstractAsyncContextManager[None]:
         """Wait until a start would be in nobody's way; held around `prepare`."""
 
-    async def prepare(self, instance: uuid.UUID, volume: Path, lost: Callable[[], None]) -> None:
+    async def prepare(self, instance: uuid.UUID, volume: str, lost: Callable[[], None]) -> None:
         """Start the container of the instance's next run, to wait for it. `lost` is called at most once, if it ends while it waits.
 
         Raises EngineError if it did not start. On an exception nothing waits, unless it is CancelledError: then something may.

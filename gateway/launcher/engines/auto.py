@@ -11,7 +11,6 @@ import socket
 import uuid
 from collections.abc import Callable, Coroutine
 from contextlib import AbstractAsyncContextManager
-from pathlib import Path
 from typing import Any
 
 from ...protocol import Verdict
@@ -19,7 +18,7 @@ from ..errors import RefusedError
 from ..registry import Registry
 from ..selftest import self_test
 from ..specification import Command
-from . import Engine, EngineFacts
+from . import Engine, EngineFacts, SlotFigures
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +40,10 @@ class AutoEngine:
     @property
     def starts_ahead(self) -> bool:
         return self._engine.starts_ahead
+
+    @property
+    def slots(self) -> SlotFigures:
+        return self._engine.slots
 
     async def open(self) -> EngineFacts:
         if self._settled:
@@ -65,7 +68,7 @@ class AutoEngine:
     def run(
         self,
         instance: uuid.UUID,
-        volume: Path,
+        volume: str,
         caller: socket.socket,
         started: Callable[[], None],
         command: Command = "serve",
@@ -76,7 +79,7 @@ class AutoEngine:
     def spare_turn(self) -> AbstractAsyncContextManager[None]:
         return self._engine.spare_turn()
 
-    async def prepare(self, instance: uuid.UUID, volume: Path, lost: Callable[[], None]) -> None:
+    async def prepare(self, instance: uuid.UUID, volume: str, lost: Callable[[], None]) -> None:
         await self._engine.prepare(instance, volume, lost)
 
     def is_prepared(self, instance: uuid.UUID) -> bool:

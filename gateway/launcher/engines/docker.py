@@ -18,7 +18,7 @@ from ...protocol import Verdict
 from ...settings import Settings
 from ..errors import ContainerRefusedError, DeadContainerError, EngineDownError, EngineError, RefusedError
 from ..specification import LABEL_DEPLOYMENT, LABEL_INSTANCE, Command, container_specification
-from . import EngineFacts, daemon
+from . import EngineFacts, SlotFigures, daemon
 from .completion import to_the_end
 from .relay import End, HangUp, Relay, RelayLimits
 from .starts import Starts, cores
@@ -65,6 +65,7 @@ class _Run:
     def __init__(self, caller: socket.socket, limits: RelayLimits, started: Callable[[], None]) -> None:
         self.over = asyncio.Event()
         self.cancelled = False
+        caller.setblocking(False)
         self._caller = caller
         self._hang_up = HangUp(caller, self.over)
         self._relay = Relay(caller, limits, self.over)
@@ -113,6 +114,10 @@ class DockerEngine:
         self._prepared: dict[uuid.UUID, _Container] = {}
         self._removals: dict[uuid.UUID, asyncio.Task[None]] = {}
 
+    @property
+    def slots(self) -> SlotFigures:
+        return SlotFigures(self._settings.slots, {})
+
     async def open(self) -> EngineFacts:
         facts, _ = await self._daemon.survey(self._settings)
         return facts
@@ -123,7 +128,7 @@ class DockerEngine:
     async def run(
         self,
         instance: uuid.UUID,
-        volume: Path,
+        volume: str,
         caller: socket.socket,
         started: Callable[[], None],
         command: Command = "serve",
@@ -134,7 +139,7 @@ class DockerEngine:
     def spare_turn(self) -> AbstractAsyncContextManager[None]:
         return self._starts.spare()
 
-    async def prepare(self, instance: uuid.UUID, volume: Path, lost: Callable[[], None]) -> None:
+    async def prepare(self, instance: uuid.UUID, volume: str, lost: Callable[[], None]) -> None:
         await to_the_end(self._prepare(_Container(instance, self._body(instance, volume, "serve")), lost))
 
     def is_prepared(self, instance: uuid.UUID) -> bool:
@@ -160,8 +165,8 @@ class DockerEngine:
         await asyncio.gather(*self._removals.values(), return_exceptions=True)
         self._daemon.close()
 
-    def _body(self, instance: uuid.UUID, volume: Path, command: Command) -> dict[str, Any]:
-        return container_specification(self._settings, instance, volume, self._deployment, self._seccomp_profile, command)
+    def _body(self, instance: uuid.UUID, volume: str, command: Command) -> dict[str, Any]:
+        return container_specification(self._settings, instance, Path(volume), self._deployment, self._seccomp_profile, command)
 
     async def _run(self, run: _Run, new: _Container) -> Verdict:
         with closing(run), self._starts.serving():

@@ -25,8 +25,8 @@ def require(state: Path) -> None:
     """Raises RefusedError unless this process can make detached mounts of the state folder."""
     if not effective_capabilities() >> _CAP_SYS_ADMIN & 1:
         raise RefusedError(
-            "engine zygote: the launcher has no CAP_SYS_ADMIN, which detached mounts need; started by root, infra/up gives it that "
-            f"one; {_OTHERWISE}"
+            "engine zygote: the launcher has no CAP_SYS_ADMIN, which detached mounts need; started by root, infra/up gives it, "
+            f"as do infra/systemd and infra/compose; {_OTHERWISE}"
         )
     try:
         os.close(mounts.detached(state))

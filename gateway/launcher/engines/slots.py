@@ -13,6 +13,7 @@ import secrets
 import shutil
 import socket
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -103,6 +104,8 @@ class Slots:
         self._replacing = asyncio.Lock()
         self._keepers: list[asyncio.Task[None]] = []
         self._removals: dict[str, _Removal] = {}
+        self.replaced: Counter[str] = Counter()
+        """Slots so far: worn by "requests" or by "age", or lost by "trouble"."""
         self.alive: set[Slot] = set()
         self.owned: set[str] = set()
         """Names of the slots whose container is, or may still be, there."""
@@ -193,6 +196,7 @@ class Slots:
                         if not slot.condemned:
                             log.info("slot=%s is replaced after %d runs", slot.name, slot.runs)
                             await self._renew(place)
+                            self.replaced["requests" if slot.runs >= self._settings.slot_requests else "age"] += 1
             except (LauncherError, OSError) as error:
                 log.debug("slot not started: %s", error)
                 await asyncio.sleep(max(place.rest_left(), _LOOK_AGAIN_SECONDS))
@@ -270,6 +274,8 @@ class Slots:
         self.alive.discard(slot)
         self._lost(slot)
         slot.removed = self._remove(slot.name)
+        if place.slot is slot and self._keepers:
+            self.replaced["trouble"] += 1
         if slot.runs:
             place.served()
         elif place.slot is slot and self._keepers:

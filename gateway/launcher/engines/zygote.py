@@ -16,14 +16,13 @@ import uuid
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
-from pathlib import Path
 
 from ...protocol import Verdict
 from ...settings import Settings
 from ..errors import ContainerRefusedError, EngineDownError, RefusedError
 from ..mounts import detached
 from ..specification import Command
-from . import EngineFacts, host
+from . import EngineFacts, SlotFigures, host
 from .completion import to_the_end
 from .slot import Run, Slot
 from .slot_containers import SlotContainers
@@ -51,6 +50,10 @@ class ZygoteEngine:
         self._removals: dict[uuid.UUID, asyncio.Task[None]] = {}
         self._ticking = False
 
+    @property
+    def slots(self) -> SlotFigures:
+        return SlotFigures(len(self._slots.alive), self._slots.replaced)
+
     async def open(self) -> EngineFacts:
         facts = await self._containers.survey()
         host.require(self._settings.state_dir)
@@ -68,7 +71,7 @@ class ZygoteEngine:
     async def run(
         self,
         instance: uuid.UUID,
-        volume: Path,
+        volume: str,
         caller: socket.socket,
         started: Callable[[], None],
         command: Command = "serve",
@@ -98,7 +101,7 @@ class ZygoteEngine:
     def spare_turn(self) -> AbstractAsyncContextManager[None]:
         return contextlib.nullcontext()
 
-    async def prepare(self, instance: uuid.UUID, volume: Path, lost: Callable[[], None]) -> None:
+    async def prepare(self, instance: uuid.UUID, volume: str, lost: Callable[[], None]) -> None:
         raise ContainerRefusedError("engine zygote prepares nothing")
 
     def is_prepared(self, instance: uuid.UUID) -> bool:
@@ -157,7 +160,7 @@ class ZygoteEngine:
 
     # --- one run
 
-    def _hand_over(self, slot: Slot, run: Run, volume: Path, command: Command) -> bool:
+    def _hand_over(self, slot: Slot, run: Run, volume: str, command: Command) -> bool:
         try:
             mount = detached(volume)
         except OSError as error:
