@@ -24,9 +24,22 @@ has_systemd() { [ -d /run/systemd/system ]; }
 docker_answers() { timeout 10 docker version >/dev/null 2>&1; }
 has_apparmor() { [ "$(cat /sys/module/apparmor/parameters/enabled 2>/dev/null)" = Y ]; }
 
+# use_preset NAME: the settings of infra/presets/NAME.env, but for those that the environment has.
+use_preset() {
+    local known key value
+    known=$(cd "$repo/infra/presets" && ls -- *.env | sed 's/\.env$//')
+    grep -qxF -e "$1" <<<"$known" || die "no preset '$1'; there are: ${known//$'\n'/ }"
+    while IFS='=' read -r key value; do
+        case "$key" in MAYFLY_*) [ -n "${!key+set}" ] || export "$key=$value" ;; esac
+    done <"$repo/infra/presets/$1.env"
+}
+
 # --- what must be on the machine
 
+# missing_packages [PACKAGE…]: what Mayfly needs, and packages whose program has their name.
 missing_packages() {
+    local name
+    for name; do command -v "$name" >/dev/null || [ -x "/usr/sbin/$name" ] || echo "$name"; done
     command -v docker >/dev/null && command -v dockerd >/dev/null || echo docker.io
     command -v mmdebstrap >/dev/null || echo mmdebstrap
     [ -e /usr/share/keyrings/debian-archive-keyring.gpg ] || echo debian-archive-keyring
@@ -38,7 +51,7 @@ missing_packages() {
 
 install_prerequisites() {
     local missing
-    missing=$(missing_packages | tr '\n' ' ')
+    missing=$(missing_packages "$@" | tr '\n' ' ')
     if [ -n "$missing" ]; then
         is_root || die "missing packages; as root: apt-get install $missing"
         command -v apt-get >/dev/null || die "missing: $missing (this machine has no apt-get to install them)"

@@ -11,6 +11,7 @@ import pytest
 from . import corpus  # noqa: F401 -- takes the tests' own MAYFLY_ variables out of the environment, before Settings see them
 from .deployment import FASTEST, Client, Deployment, client_of, deployed
 from .launcher_harness import runner_image
+from .moto_server import aws  # noqa: F401 -- a fixture
 from .sealed import sealed_directory
 
 

@@ -31,7 +31,12 @@ if is_root; then export MAYFLY_WEB_UID=$(id -u $web_user); fi
 user=$1_user
 spawn "$1" "${!user}" -m "gateway.$1"
 """
-UNLIMITED = {"MAYFLY_RATE_REQUESTS_PER_MINUTE": "0", "MAYFLY_RATE_CREATES_PER_MINUTE": "0"}
+UNLIMITED = {
+    "MAYFLY_RATE_REQUESTS_PER_MINUTE": "0",
+    "MAYFLY_RATE_CREATES_PER_MINUTE": "0",
+    "MAYFLY_INSTANCES_PER_ADDRESS": "0",
+    "MAYFLY_QUERIES_PER_INSTANCE": "0",
+}
 # Nothing is started ahead unless a test is about that: a container that is seen then belongs to a request.
 COLD = {"MAYFLY_NURSERY": "0", "MAYFLY_SUCCESSORS": "0"}
 # Without root there is no engine zygote. Nothing here is left to `auto`.
@@ -56,10 +61,16 @@ class Deployment:
     settings: dict[str, str]
     state: Path
     address: str
+    preset: str = ""
     environment: dict[str, str] = field(init=False)
 
     def __post_init__(self) -> None:
-        own = {"MAYFLY_STATE_DIR": str(self.state), "MAYFLY_LISTEN": self.address, "MAYFLY_MIN_FREE_BYTES": "0"}
+        own = {
+            "MAYFLY_STATE_DIR": str(self.state),
+            "MAYFLY_LISTEN": self.address,
+            "MAYFLY_METRICS_LISTEN": "",  # several deployments run at a time
+            "MAYFLY_MIN_FREE_BYTES": "0",
+        }
         self.environment = {**os.environ, "MAYFLY_ENGINE": FASTEST, **UNLIMITED, **COLD, **own, **self.settings}
 
     @property
@@ -71,7 +82,8 @@ class Deployment:
         return f"http://{self.address}"
 
     def start(self) -> None:
-        done = subprocess.run([REPO / "infra/up", "-d"], env=self.environment, capture_output=True, text=True)
+        preset = ["--preset", self.preset] if self.preset else []
+        done = subprocess.run([REPO / "infra/up", "-d", *preset], env=self.environment, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(done.stderr + self.logs())
 
@@ -179,13 +191,13 @@ def free_address() -> str:
 
 
 @contextmanager
-def deployed(state: Path | None = None, **settings: str) -> Iterator[Deployment]:
+def deployed(state: Path | None = None, preset: str = "", **settings: str) -> Iterator[Deployment]:
     """A running deployment in a folder of its own; `settings` are named without MAYFLY_."""
     own = state is None
     folder = Path(tempfile.mkdtemp(prefix="mayfly-")) if state is None else state
     folder.chmod(0o755)
     variables = {f"MAYFLY_{name.upper()}": value for name, value in settings.items()}
-    deployment = Deployment(variables, folder, free_address())
+    deployment = Deployment(variables, folder, free_address(), preset)
     try:
         deployment.start()
         yield deployment
@@ -249,3 +261,8 @@ def assert_error(answer: Answer, status: int, code: str, text: str | None = None
     assert answer.body["request_id"] == answer.headers["X-Request-ID"]
     if text is not None:
         assert answer.body["error"] == text
+
+
+def assert_away(answer: Answer, code: str) -> None:
+    """A 503 with the code of the part that is away, or the circuit breaker's once that has noticed."""
+    assert_error(answer, 503, "circuit_open" if answer.body.get("code") == "circuit_open" else code)

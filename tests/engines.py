@@ -91,7 +91,7 @@ class Opened:
         theirs.setblocking(False)
         loop = asyncio.get_running_loop()
         with ours:
-            volume = volume or self.here.registry.volume(instance)
+            volume = volume or Path(self.here.registry.volume(instance))
             running = asyncio.create_task(self.engine.run(instance, volume, theirs, lambda: None, command))
             output, seen = b"", {}
             with suppress(ConnectionError):
@@ -211,7 +211,7 @@ class Contained:
     def new_volume(self) -> tuple[uuid.UUID, Path]:
         instance = uuid7()
         self.registry.create(instance)
-        return instance, self.registry.volume(instance)
+        return instance, Path(self.registry.volume(instance))
 
     async def run(self, order: Mapping[str, Any], *, instance: uuid.UUID | None = None, **settings: Any) -> Run:
         """One container of an engine of its own. `settings` replace those of production."""

@@ -23,7 +23,7 @@ from typing import Any
 import docker
 
 from gateway.launcher.specification import LABEL_DEPLOYMENT
-from gateway.protocol import MAX_REPLY_BYTES, NO_INSTANCE, Reply, Request, Status, Verb
+from gateway.protocol import MAX_REPLY_BYTES, NO_INSTANCE, NO_REQUEST, NOBODY, Reply, Request, Status, Verb
 
 REPO = Path(__file__).resolve().parent.parent
 IMAGE = f"mayfly-test-runner:{os.getpid()}"  # two runs of the suite at a time do not take each other's away
@@ -193,15 +193,16 @@ class Client:
             reply = Reply.unpack(packet)
             self._replies[reply.sequence].put_nowait(reply)
 
-    async def ask(self, verb: Verb, instance: uuid.UUID | None = None) -> Reply:
-        replies = self._send(verb, instance or NO_INSTANCE, [])
+    async def ask(
+        self, verb: Verb, instance: uuid.UUID | None = None, *, owner: bytes = NOBODY, request_id: bytes = NO_REQUEST
+    ) -> Reply:
+        replies = self._send(Request(verb, next(self._sequences), instance or NO_INSTANCE, False, request_id, owner), [])
         async with asyncio.timeout(60):
             return await replies.get()
 
-    def _send(self, verb: Verb, instance: uuid.UUID, descriptors: list[int]) -> asyncio.Queue[Reply]:
-        sequence = next(self._sequences)
-        replies = self._replies[sequence] = asyncio.Queue()
-        socket.send_fds(self.sock, [Request(verb, sequence, instance).pack()], descriptors)
+    def _send(self, request: Request, descriptors: list[int]) -> asyncio.Queue[Reply]:
+        replies = self._replies[request.sequence] = asyncio.Queue()
+        socket.send_fds(self.sock, [request.pack()], descriptors)
         return replies
 
     async def health(self) -> dict[str, Any]:
@@ -213,13 +214,16 @@ class Client:
         return made.instance
 
     @asynccontextmanager
-    async def run(self, instance: uuid.UUID) -> AsyncIterator[tuple[socket.socket, asyncio.Queue[Reply]]]:
+    async def run(
+        self, instance: uuid.UUID, request_id: bytes = NO_REQUEST
+    ) -> AsyncIterator[tuple[socket.socket, asyncio.Queue[Reply]]]:
         """Our end of the socket, and the replies as they come."""
         ours, theirs = socket.socketpair()
         with ours:
             ours.setblocking(False)
             with theirs:
-                replies = self._send(Verb.RUN, instance, [theirs.fileno()])
+                request = Request(Verb.RUN, next(self._sequences), instance, request_id=request_id)
+                replies = self._send(request, [theirs.fileno()])
             async with asyncio.timeout(60):
                 yield ours, replies
 
@@ -309,7 +313,7 @@ async def launched(state: Path, checkout: Path = REPO, **settings: Any) -> Async
             await client.close()
         assert await launcher.stop() == 0, launcher.log.read_text()
         assert containers_of(launcher.deployment) == []
-        assert "Traceback" not in launcher.log.read_text()
+        assert " exc=" not in launcher.log.read_text()
         assert "ResourceWarning" not in launcher.log.read_text()
     except BaseException:
         if launcher.log.exists():

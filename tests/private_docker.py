@@ -19,6 +19,8 @@ from .conftest import eventually
 @dataclass
 class PrivateDocker:
     folder: Path
+    configuration: Path | None = None
+    """A daemon.json; with one the daemon has a network of its own to make its bridge and its rules in."""
     daemon: subprocess.Popen[bytes] | None = field(default=None)
 
     @property
@@ -34,10 +36,13 @@ class PrivateDocker:
             "--data-root": self.folder / "data",
             "--exec-root": self.folder / "exec",
             "--pidfile": self.folder / "docker.pid",
-            "--bridge": "none",
             "--group": "docker",
         }
-        command = ["dockerd", "--iptables=false", *(str(part) for pair in options.items() for part in pair)]
+        how = [str(part) for pair in options.items() for part in pair]
+        if self.configuration:
+            command = ["unshare", "--net", "dockerd", "--config-file", str(self.configuration), *how]
+        else:
+            command = ["dockerd", "--iptables=false", "--bridge", "none", *how]
         with open(self.folder / "log", "ab") as log:
             self.daemon = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
         eventually(self.answers, 60)
@@ -71,12 +76,12 @@ class PrivateDocker:
 
 
 @contextmanager
-def private_docker() -> Iterator[PrivateDocker]:
+def private_docker(configuration: Path | None = None) -> Iterator[PrivateDocker]:
     folder = Path(tempfile.mkdtemp(prefix="mayfly-docker-"))
     folder.chmod(0o755)
-    docker = PrivateDocker(folder)
-    docker.start()
+    docker = PrivateDocker(folder, configuration)
     try:
+        docker.start()
         yield docker
     finally:
         docker.stop()

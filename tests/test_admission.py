@@ -7,11 +7,13 @@ import copy
 import statistics
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
+from itertools import pairwise
 
 import aiohttp
+import pytest
 
-from gateway.protocol import Verb, Verdict
+from gateway.protocol import NOBODY, Status, Verb, Verdict
 from gateway.web.appkeys import RUNS
 
 from .fake_launcher import FakeRun, Gateway, assert_error, ending_after, gateway, ok, until
@@ -53,6 +55,10 @@ async def caller_at(web: Gateway, address: str) -> AsyncIterator[Gateway]:
 
 def waiting(web: Gateway) -> int:
     return web.app[RUNS].leases.waiting
+
+
+def held(web: Gateway) -> int:
+    return web.app[RUNS].leases.held
 
 
 async def saturate(web: Gateway, count: int, sql: str = "flood") -> list[asyncio.Task[aiohttp.ClientResponse]]:
@@ -128,7 +134,7 @@ async def test_a_bad_token_waits_for_no_slot(tmp_path):
 
 
 async def test_an_address_that_floods_cannot_starve_another(tmp_path):
-    async with gateway(tmp_path, slots=1, queue_length=40, deadline_seconds=60.0) as web, caller_at(web, FAR) as other:
+    async with gateway(tmp_path, slots=1, queue_length=80, deadline_seconds=60.0) as web, caller_at(web, FAR) as other:
         gate = Gate(web)
         flood = await saturate(web, 21)
         await assert_error(await web.sql("one too many"), "overloaded")
@@ -139,7 +145,7 @@ async def test_an_address_that_floods_cannot_starve_another(tmp_path):
 
 
 async def test_parallel_calls_of_one_agent_queue_and_do_not_fail(tmp_path):
-    async with gateway(tmp_path) as web:
+    async with gateway(tmp_path, connections_per_address=0) as web:
         token = await web.token()
         web.launcher.most_running = 0
         answers = await asyncio.gather(*(web.sql("SELECT 1", token) for _ in range(100)))
@@ -161,7 +167,7 @@ async def test_a_queue_on_one_instance_leaves_the_slots_to_its_addresss_other_in
 
 
 async def test_callers_that_hang_up_while_they_wait_make_room_at_once(tmp_path):
-    async with gateway(tmp_path, slots=1, queue_length=8, deadline_seconds=60.0) as web:
+    async with gateway(tmp_path, slots=1, queue_length=16, deadline_seconds=60.0) as web:
         gate = Gate(web)
         (running,) = await saturate(web, 1)
         gone = await saturate(web, 4)
@@ -187,10 +193,34 @@ async def test_the_second_call_of_a_new_instance_takes_no_slot_while_the_contain
         assert (await second).status == 200
 
 
+async def test_a_flood_of_creates_keeps_nobody_out_who_has_a_token_and_is_not_kept_out_itself(tmp_path):
+    async with gateway(tmp_path, slots=1, queue_length=80, deadline_seconds=60.0, connections_per_address=0) as web:
+        token = await web.token()
+        await until(lambda: held(web) == 0)
+        gate = Gate(web)
+        async with AsyncExitStack() as stack:
+            callers = [await stack.enter_async_context(caller_at(web, f"127.0.1.{number}")) for number in range(1, 31)]
+            flood = [asyncio.ensure_future(caller.sql("create")) for caller in callers for _ in range(2)]
+            await until(lambda: waiting(web) + sum(task.done() for task in flood) == len(flood) - 1)
+            assert waiting(web) == 40, "half of the places"
+            mine = [asyncio.ensure_future(web.sql(f"mine {number}", token)) for number in range(4)]
+            other = asyncio.ensure_future(web.sql("bad", "wkn_no"))
+            await assert_error(await other, "instance_not_found")
+            await until(lambda: waiting(web) == 44)
+            gate.let(1 + 40 + 4)
+            assert {(await task).status for task in mine} == {200}
+            answers = [await task for task in flood]
+        assert sum(answer.status == 200 for answer in answers) == 41
+        # The lease of an instance passes on behind whoever waits for the slot; a create is never two ahead of it.
+        places = [place for place, sql in enumerate(gate.passed) if sql.startswith("mine")]
+        assert places[0] == 1
+        assert all(later - earlier <= 2 for earlier, later in pairwise(places))
+
+
 async def test_a_refusal_takes_less_than_fifty_milliseconds_while_every_slot_and_every_place_is_taken(tmp_path):
     """Against the process as an operator starts it; the median, because the machine may be busy with other things."""
     async with web_process(
-        tmp_path, MAYFLY_SLOTS="2", MAYFLY_QUEUE_LENGTH="64", MAYFLY_DEADLINE_SECONDS="60", **UNLIMITED
+        tmp_path, MAYFLY_SLOTS="2", MAYFLY_QUEUE_LENGTH="128", MAYFLY_DEADLINE_SECONDS="60", **UNLIMITED
     ) as running:
 
         async def busy(run: FakeRun) -> None:
@@ -214,3 +244,31 @@ async def test_a_refusal_takes_less_than_fifty_milliseconds_while_every_slot_and
         for task in full:
             task.cancel()
         await asyncio.gather(*full, return_exceptions=True)
+
+
+async def test_the_launcher_is_told_whose_request_it_is_by_a_tag_that_is_an_addresss_own_and_by_its_id(tmp_path):
+    async with gateway(tmp_path) as web, caller_at(web, FAR) as other:
+        answers = [await web.sql(), await web.sql(), await other.sql()]
+        first, second, third = web.launcher.owners
+        assert first == second != third
+        assert NOBODY not in (first, third)
+        again = await web.sql("SELECT 1", answers[0].headers["X-Walkin-Session"])
+        ids = [bytes.fromhex(answer.headers["X-Request-ID"]) for answer in (*answers, again)]
+        assert list(dict.fromkeys(web.launcher.request_ids)) == ids
+
+
+@pytest.mark.parametrize(
+    ("verb", "status", "code"),
+    [
+        (Verb.CREATE, Status.OWNER_FULL, "too_many_instances"),
+        (Verb.CREATE, Status.HOST_FULL, "host_full"),
+        (Verb.RUN, Status.QUOTA, "query_quota"),
+    ],
+)
+async def test_a_cap_of_the_launchers_is_told_in_the_one_envelope(tmp_path, verb, status, code):
+    async with gateway(tmp_path) as web:
+        token = await web.token()
+        web.launcher.refusals[verb] = status
+        await assert_error(await web.sql("SELECT 1", token if verb is Verb.RUN else None), code)
+        web.launcher.refusals.clear()
+        assert (await web.sql()).status == 200

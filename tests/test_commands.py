@@ -82,7 +82,7 @@ def test_an_unknown_setting_is_refused_by_its_name(stopped):
 
 
 def test_the_scripts_are_valid_bash():
-    for name in ("up", "down", "test", "bench", "lib.sh", "apparmor/load"):
+    for name in ("up", "down", "test", "bench", "doctor", "lib.sh", "apparmor/load", "tls/renewed"):
         subprocess.run(["bash", "-n", REPO / "infra" / name], check=True)
 
 

@@ -101,7 +101,7 @@ def run_all(probes: Probes, state: Path, cases: Sequence[corpus.Case], runs: int
         instances = [uuid7() for _ in range(CONTAINERS + 1)]
         for instance in instances:
             registry.create(instance)
-        control, *volumes = [registry.volume(instance) for instance in instances]
+        control, *volumes = [Path(registry.volume(instance)) for instance in instances]
     finally:
         registry.close()
     before = leave_content(control)

@@ -45,6 +45,7 @@ RECOVERY_SECONDS = 120.0
 TEDIOUS = (" 503 ", "healthz:", "ENGINE_DOWN", "orphans not swept")
 # What a crash may look like to a caller. Everything else would blame the caller, deny its instance or confess a defect.
 EXCUSED = {(503, "launcher_unavailable"), (503, "engine_unavailable"), (503, "shutting_down"), (503, "overloaded")} | {
+    (503, "circuit_open"),
     (500, "runner_failed"),
     (408, "query_timeout"),
 }

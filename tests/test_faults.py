@@ -15,7 +15,7 @@ import docker
 import pytest
 
 from .conftest import eventually
-from .deployment import ENGINES, Client, Deployment, Work, assert_error, client_of, deployed
+from .deployment import ENGINES, Client, Deployment, Work, assert_away, assert_error, client_of, deployed
 
 ENDLESS = "WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n+1 FROM c) SELECT count(*) FROM c"
 
@@ -146,7 +146,7 @@ async def test_creates_are_refused_below_the_low_water_mark_while_old_instances_
     with deployed(min_free_bytes=str(1 << 60)) as full:
         async with client_of(full) as other:
             answer = await other.sql("SELECT 1")
-            assert_error(answer, 503, "host_storage_low")
+            assert_away(answer, "host_storage_low")
             assert int(answer.headers["Retry-After"]) > 0
             assert not full.instances()
 
@@ -161,7 +161,7 @@ async def test_a_dead_launcher_is_a_503_and_heals(engine):
             async def refused(caller: Client) -> None:
                 while (answer := await caller.sql("SELECT 1")).status == 200:
                     pass
-                assert_error(answer, 503, "launcher_unavailable")
+                assert_away(answer, "launcher_unavailable")
 
             await asyncio.wait_for(refused(own), 20)
             await asyncio.to_thread(mayfly.start)

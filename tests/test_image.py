@@ -191,7 +191,7 @@ def test_image_stays_small(image):
 
 def test_image_runs_the_runner_as_an_unprivileged_user_and_nothing_else(image):
     config = image.attrs["Config"]
-    assert config["Entrypoint"] == ["/usr/bin/python3.11", "-I", "-S", "-B", "/opt/mayfly"]
+    assert config["Entrypoint"] == ["/usr/bin/python3.11", "-I", "-S", "-B", "/opt/mayfly/__main__.pyc"]
     assert config["User"] == "64700:64700"
     assert not config["Cmd"]
     assert not config.get("ExposedPorts")

@@ -47,6 +47,13 @@ def test_a_wrong_setting_is_refused_by_name(name, value, words):
     assert name in str(caught.value)
 
 
+def test_an_address_may_have_half_of_what_it_may_make_unless_the_settings_say_otherwise():
+    assert Settings().most_instances_per_address == 50
+    assert Settings(rate_creates_per_minute=0).most_instances_per_address == 0
+    assert Settings(rate_creates_per_minute=0, instances_per_address=7).most_instances_per_address == 7
+    assert Settings(instances_per_address=0).most_instances_per_address == 0
+
+
 def test_the_sqlite_limits_carry_sqlites_names():
     assert Settings().sqlite_limits["VDBE_OP"] == 100_000
     assert Settings().sqlite_limits["LIKE_PATTERN_LENGTH"] == 100

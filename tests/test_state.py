@@ -8,7 +8,7 @@ import time
 import pytest
 
 from .conftest import eventually
-from .deployment import assert_error, client_of, deployed
+from .deployment import assert_away, assert_error, client_of, deployed
 from .private_docker import private_docker
 from .test_faults import at_work, each_engine, nothing_at_work, serves_again
 
@@ -70,8 +70,8 @@ async def test_instances_outlive_kill_9_of_the_docker_daemon(engine):
             await client.sql("CREATE TABLE t(x); INSERT INTO t VALUES (1)")
             daemon.kill()
             if engine == "docker":
-                assert_error(await client.sql("SELECT x FROM t"), 503, "engine_unavailable")
-                assert_error(await client.another().sql("SELECT 1"), 503, "engine_unavailable")
+                assert_away(await client.sql("SELECT x FROM t"), "engine_unavailable")
+                assert_away(await client.another().sql("SELECT 1"), "engine_unavailable")
             else:  # what stands already needs no daemon
                 assert await client.rows("SELECT x FROM t") == [[1]]
             daemon.start()

@@ -3,7 +3,8 @@
 A zygote's child is never root, so there is no such container of it; what an attack is after is the runner's user's there.
 
 `WEAKENINGS` says how each layer of the container is taken away. What a run keeps comes from the launcher's own specification, so
-that a layer lost there is lost here too. The runner's layers are named as in runner.confine.STEPS and runner.database.STEPS.
+that a layer lost there is lost here too. The runner's layers are named as in runner.confine.STEPS, runner.database.PREPARING
+and READING.
 
 no-new-privileges stays everywhere. Without it runc cannot start anything under our profile, and Landlock is for the privileged
 alone; it takes nothing from a process that is root already.
@@ -83,7 +84,7 @@ class Ground:
         if name == "own volume":
             own = uuid7()
             self.registry.create(own)
-            body = container_specification(Settings(), own, self.registry.volume(own), "tests", PROFILE)
+            body = container_specification(Settings(), own, Path(self.registry.volume(own)), "tests", PROFILE)
             mounts: list[dict[str, Any]] = body["HostConfig"]["Mounts"]
             return mounts
         source, target = {
@@ -171,7 +172,7 @@ def ground() -> Iterator[Ground]:
         stack.callback(registry.close)
         other = uuid7()
         registry.create(other)
-        (registry.volume(other) / "db.sqlite").write_text("content")
+        Path(registry.volume(other), "db.sqlite").write_text("content")
         host = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mayfly-host-")))
         host.chmod(0o755)
         write_secret(host / "secret.sqlite")

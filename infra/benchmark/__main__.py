@@ -20,7 +20,7 @@ import uvloop
 
 from gateway.settings import Settings
 
-from . import agents, breakdown, deployments, engines, machine, picture, processes, report, saturation, side_by_side
+from . import agents, breakdown, deployments, engines, flood, machine, picture, processes, report, saturation, side_by_side
 from .accounting import Accounting
 from .errors import BenchmarkError
 from .figures import Figures, Key, Ratio
@@ -73,6 +73,9 @@ async def measure(mode: str, plan: Plan, settings: Settings) -> tuple[dict[str, 
         elif plan.breakdown:
             accounting = Accounting(deployments.measured(settings), all_sides.docker)
             parts["breakdown"] = await breakdown.measure(plan, all_sides.mayfly, all_sides.tokens, accounting)
+        if plan.flood:
+            _say("flood")
+            parts["flood"] = await flood.measure(plan, deployments.measured(settings), all_sides.tokens[0])
     result = {
         "ratios": [ratio.as_json() for ratio in ratios],
         "mode": mode,

@@ -21,11 +21,12 @@ import uvloop
 from gateway.launcher.errors import UnknownInstanceError
 from gateway.launcher.registry import Registry
 from gateway.launcher.specification import runner_configuration
-from gateway.protocol import Verdict
+from gateway.protocol import NO_REQUEST, Verdict
 from gateway.settings import Settings
 from gateway.uuid7 import uuid7
 from gateway.web.app import build_app
-from gateway.web.appkeys import LAUNCHER, RUNS
+from gateway.web.appkeys import BREAKER, LAUNCHER, RUNS
+from gateway.web.breaker import Breaker
 from gateway.web.errors import ApiError
 from gateway.web.launcher import Launcher
 from gateway.web.runs import Runs
@@ -46,25 +47,29 @@ class InProcessLauncher(Launcher):
         self._registry = registry
         self._configuration = Configuration.parse(runner_configuration(settings))
 
-    async def create(self) -> tuple[uuid.UUID, int]:
+    async def create(self, owner: bytes, request_id: bytes) -> tuple[uuid.UUID, int]:
         instance = uuid7()
         return instance, self._registry.create(instance).expires_at
 
-    async def find(self, instance: uuid.UUID) -> int | None:
+    async def find(self, instance: uuid.UUID, request_id: bytes = NO_REQUEST) -> int | None:
         try:
             return self._registry.find(instance).expires_at
         except UnknownInstanceError:
             return None
 
-    async def remove(self, instance: uuid.UUID) -> None:
+    async def remove(self, instance: uuid.UUID, request_id: bytes = NO_REQUEST) -> None:
         self._registry.remove(instance)
+
+    async def health(self) -> str:
+        return '{"daemon": "up", "trouble": null, "free_bytes": 1000000000000, "available_memory_bytes": 1000000000000}'
 
     def run(
         self,
         instance: uuid.UUID,
         passed: socket.socket,
-        started: Callable[[int], None],
+        started: Callable[[int], None] | None,
         over: Callable[[Verdict | ApiError], None],
+        request_id: bytes = NO_REQUEST,
     ) -> None:
         loop = asyncio.get_running_loop()
         expires_at = self._registry.find(instance).expires_at
@@ -75,7 +80,8 @@ class InProcessLauncher(Launcher):
             chunk = passed.recv(_CHUNK_BYTES)
             received.extend(chunk)
             if len(received) >= _LENGTH.size and len(received) == _LENGTH.size + _LENGTH.unpack_from(received)[0]:
-                started(expires_at)
+                if started is not None:
+                    started(expires_at)
                 reply = self._reply(instance, bytes(received[_LENGTH.size :]))
                 # The benchmark's replies are far smaller than a socket's buffer.
                 passed.sendall(_LENGTH.pack(len(reply)) + reply)
@@ -89,7 +95,7 @@ class InProcessLauncher(Launcher):
 
     def _reply(self, instance: uuid.UUID, frame: bytes) -> bytes:
         deadline = monotonic() + self._configuration.deadline_ms / 1000
-        database = str(self._registry.volume(instance) / "db.sqlite")
+        database = f"{self._registry.volume(instance)}/db.sqlite"
         try:
             return run_request(
                 decode_request(frame), self._configuration, lambda: monotonic() >= deadline, lambda _: None, database
@@ -107,6 +113,7 @@ async def _serve(settings: Settings) -> None:
     app = build_app(settings)
     app[LAUNCHER] = launcher = InProcessLauncher(settings, registry)
     app[RUNS] = Runs(settings, launcher)
+    app[BREAKER] = Breaker(settings, launcher, app[RUNS])
     async with Server(app, shutdown_seconds=1.0) as server:
         print(await server.listen("127.0.0.1", 0), flush=True)
         await asyncio.Event().wait()

@@ -50,7 +50,7 @@ async def bring_up(settings: Settings, name: str, more: Mapping[str, str]) -> De
     """
     state = settings.state_dir.parent / name
     address = free_address()
-    own = {"MAYFLY_STATE_DIR": str(state), "MAYFLY_LISTEN": f"{address.host}:{address.port}"}
+    own = {"MAYFLY_STATE_DIR": str(state), "MAYFLY_LISTEN": f"{address.host}:{address.port}", "MAYFLY_METRICS_LISTEN": ""}
     environment = {key: value for key, value in {**os.environ, **own, **more}.items() if value or key not in more}
     process = await asyncio.create_subprocess_exec(_UP, "-d", env=environment, stdin=asyncio.subprocess.DEVNULL)
     finished = asyncio.create_task(process.wait())

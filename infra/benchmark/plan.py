@@ -45,6 +45,8 @@ class Plan:
     """Longest time to make them in."""
     breakdown: float = 0.0
     """Of each window in which processor time is accounted for."""
+    flood: float = 0.0
+    """Before it a well-behaved client is measured for half of it, after it for a fifth."""
 
 
 PLANS = {
@@ -57,6 +59,7 @@ PLANS = {
     "engines": Plan(engine_rounds=3, breakdown=3),
     "engines full": Plan(engine_rounds=7, engine_window=4, rival_window=4, tail_window=15, many_requests=100_000, breakdown=5),
     "breakdown": Plan(breakdown=3),
+    "flood": Plan(flood=25),
     "smoke": Plan(
         rounds=1,
         side_by_side_budget=60,

@@ -45,6 +45,11 @@ def _lines(result: dict[str, Any]) -> Iterator[str]:
         yield from _figures(saturation["figures"])
         for name in ("offered_per_second", "seconds", "statuses", "error_codes", "latency_200", "latency_503", "recovery_seconds"):
             yield f"  {name}: {saturation[name]}"
+    if flood := result.get("flood"):
+        yield ""
+        yield f"flood: p99 of a well-behaved client {flood['p99_ratio']:g} times its quiet p99, target below {flood['target']:g}"
+        for name in ("quiet", "flooded", "after", "resident_bytes", "flood"):
+            yield f"  {name}: {flood[name]}"
     machine, docker = result["machine"], result["machine"]["docker"]
     yield ""
     yield f"{machine['cores']} × {machine['cpu']}, Linux {machine['kernel']}, {machine['file_system']}"
