@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import random
 import uuid
 
@@ -451,6 +452,23 @@ async def test_the_time_to_retry_follows_what_runs_take_now():
     hold.release()
 
 
+async def test_creates_hold_a_quarter_of_the_slots_while_others_come_and_all_of_them_otherwise():
+    now = 0.0
+    leases = Leases(8, 1000, 60.0, clock=lambda: now)
+    (await take(leases, uuid.uuid4(), "caller")).release()
+    creates = [asyncio.ensure_future(take(leases, uuid.uuid4(), f"stranger {number}", creates=True)) for number in range(12)]
+    await asyncio.sleep(0)
+    assert sum(create.done() for create in creates) == 2
+    follower = await take(leases, uuid.uuid4(), "caller")
+    now += 1.1
+    follower.release()
+    await asyncio.sleep(0)
+    assert sum(create.done() for create in creates) == 8
+    for create in creates:
+        (await create).release()
+    assert at_rest(leases)
+
+
 # ── all of it at once ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -458,7 +476,8 @@ async def test_the_time_to_retry_follows_what_runs_take_now():
 async def test_in_any_order_of_coming_giving_up_and_ending_nothing_is_lost_and_no_slot_idles(seed):
     chance = random.Random(seed)
     slots = chance.randint(1, 4)
-    leases = Leases(slots, 1000, 60.0)
+    # So long lies between two looks at the clock that no slot is kept free of creates.
+    leases = Leases(slots, 1000, 60.0, clock=itertools.count(step=10.0).__next__)
     instances = [uuid.UUID(int=number) for number in range(chance.randint(1, 8))]
     tasks: list[tuple[uuid.UUID, asyncio.Task[Hold]]] = []
     running: list[tuple[uuid.UUID, Hold]] = []

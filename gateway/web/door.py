@@ -31,7 +31,7 @@ RECEIVE_BYTES = 64 << 10
 MAX_UNREAD_BYTES = 64 << 20
 # An IPv6 /48 has as many connections as this many addresses.
 _ADDRESSES_OF_48 = 4
-_ACCEPT_SECONDS = 0.001
+_ACCEPT_SECONDS = 0.0005
 _PAUSE_SECONDS = 0.1
 _WATCH_SECONDS = 1.0
 _OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)

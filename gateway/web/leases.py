@@ -10,6 +10,7 @@ whoever comes next still finds a place, and finds it without a setting that know
 Who presents a token, whatever it is worth, goes before who wants a new instance: creates get half of the places, by the same rule
 among themselves, and a slot only when nobody with a token waits for one, or when three of those went before. So a flood of creates,
 from however many addresses, costs the callers that are here already the wait for one slot, and they cannot keep it out for good.
+While such callers come, creates hold no more than a quarter of the slots at once: runs slow one another down.
 
 A burst may fill the queue and is served to its end. A queue that stands, because more comes than can be served, takes no newcomers
 until it has shrunk: it would only make everybody wait, and go on doing so when the load is over.
@@ -34,6 +35,8 @@ _MAX_RETRY_SECONDS = 60
 _STANDING_PER_SLOT = 4
 # Slots handed to others while a create waits; the next one is a create's.
 _BEFORE_A_CREATE = 3
+# While others came within this time, creates hold no more than a quarter of the slots.
+_QUIET_SECONDS = 1.0
 
 
 class _Waiter:
@@ -159,6 +162,9 @@ class Leases:
         self._ready = _Round()
         self._ready_creates = _Round()
         self._before_a_create = 0
+        # Slots that creates hold, and since when nobody else has taken one.
+        self._creating = 0
+        self._followed_at = -math.inf
 
     @property
     def waiting(self) -> int:
@@ -263,18 +269,26 @@ class Leases:
         return self._ready_creates if waiter.creates else self._ready
 
     def _hand_out(self) -> None:
-        while self._free_slots and (self._ready or self._ready_creates):
-            waiter = self._next()
+        while self._free_slots and (waiter := self._next()) is not None:
             # A cancelled waiter is on its way to give up.
             if waiter.granted.done():
                 continue
             self._before_a_create = self._before_a_create + 1 if self._ready_creates and not waiter.creates else 0
             self._free_slots -= 1
+            if waiter.creates:
+                self._creating += 1
+            else:
+                self._followed_at = self._clock()
             waiter.granted.set_result(None)
 
-    def _next(self) -> _Waiter:
-        creates_next = not self._ready or (bool(self._ready_creates) and self._before_a_create >= _BEFORE_A_CREATE)
-        return (self._ready_creates if creates_next else self._ready).pop()
+    def _next(self) -> _Waiter | None:
+        if self._ready_creates and self._may_create() and (not self._ready or self._before_a_create >= _BEFORE_A_CREATE):
+            return self._ready_creates.pop()
+        return self._ready.pop() if self._ready else None
+
+    def _may_create(self) -> bool:
+        """Creates may hold every slot only while nobody comes who has an instance: a slot that runs slows the others down."""
+        return self._creating < max(1, self._slots // 4) or self._clock() - self._followed_at > _QUIET_SECONDS
 
     def _give_back(self, waiter: _Waiter, since: float) -> None:
         if waiter.address is not None:
@@ -295,6 +309,7 @@ class Leases:
         self._leave_queue(waiter)
         if waiter.address is not None:
             self._free_slots += 1
+            self._creating -= waiter.creates
             self._hand_out()
 
     def _leave_queue(self, waiter: _Waiter) -> None:

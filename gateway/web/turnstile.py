@@ -21,7 +21,7 @@ KNOWN_SECONDS = 600.0
 # A token shown costs one request of a rate; what an address sends beyond these waits like a stranger's until it shows one again.
 PIECES_PER_TOKEN = 128
 # A turn of the loop in which strangers are served is kept about this long; what comes on top is the work of one more of them.
-TURN_SECONDS = 0.001
+TURN_SECONDS = 0.0003
 MAX_WIDTH = 64
 _FIRST_WIDTH = 8
 
