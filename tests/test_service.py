@@ -216,8 +216,8 @@ async def test_W10_two_hundred_parallel_requests_of_twenty_instances_do_not_mix(
     async with client_of(mayfly) as client:
         await twenty_callers_ask_at_once([client.another() for _ in range(20)])
     eventually(lambda: not mayfly.at_work())
-    for name, count in before.items():
-        eventually(lambda name=name, count=count: open_descriptors(mayfly.pid(name)) <= count + 2)
+    for name, count in before.items():  # the launcher keeps a few connections to Docker, for starts at the same time
+        eventually(lambda name=name, count=count: open_descriptors(mayfly.pid(name)) <= count + 10)
     assert f"{mayfly.state}/instances" not in Path("/proc/self/mounts").read_text()
 
 
