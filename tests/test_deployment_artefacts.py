@@ -164,7 +164,7 @@ def test_containers_are_closed_but_for_what_each_needs(stack):
         assert not host["Privileged"]
         assert host["CapDrop"] == ["ALL"]
         assert 0 < host["PidsLimit"] <= 128
-        assert 0 < host["Memory"] <= 1 << 30
+        assert 0 < host["Memory"] <= 2 << 30
         assert host["RestartPolicy"]["Name"] == "unless-stopped"
         assert host["LogConfig"]["Config"] == {"max-size": "10m", "max-file": "5"}
     targets = {name: {mount["Destination"] for mount in item["Mounts"]} for name, item in (("launcher", launcher), ("web", web))}
