@@ -12,6 +12,7 @@ import logging
 import socket
 import time
 import uuid
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -56,7 +57,8 @@ class _Expiries:
     """When instances end, which never changes: whoever knows need not be told with every run. Those heard of last are kept."""
 
     def __init__(self) -> None:
-        self._known: dict[uuid.UUID, int] = {}
+        # Not a plain dict, which walks over all that went before to find its first.
+        self._known: OrderedDict[uuid.UUID, int] = OrderedDict()
 
     def get(self, instance: uuid.UUID) -> int | None:
         return self._known.get(instance)
@@ -64,7 +66,7 @@ class _Expiries:
     def remember(self, instance: uuid.UUID, expires_at: int) -> None:
         self._known[instance] = expires_at
         if len(self._known) > _MAX_EXPIRIES:
-            del self._known[next(iter(self._known))]
+            self._known.popitem(last=False)
 
 
 class _Run:
