@@ -129,6 +129,19 @@ def _error_responses(rows: tuple[Row, ...]) -> _Object:
     return responses
 
 
+def _readiness(operation: str, summary: str) -> _Object:
+    return {
+        "get": {
+            "operationId": operation,
+            "summary": summary,
+            "responses": {
+                "200": {"description": "It could.", "content": _json("Health")},
+                "503": {"description": "It could not; `reason` is an error code.", "content": _json("Health")},
+            },
+        }
+    }
+
+
 def build() -> _Object:
     rows = table()
     return {
@@ -172,26 +185,8 @@ def build() -> _Object:
                     },
                 }
             },
-            "/healthz": {
-                "get": {
-                    "operationId": "healthz",
-                    "summary": "Whether a request could be served now.",
-                    "responses": {
-                        "200": {"description": "It could.", "content": _json("Health")},
-                        "503": {"description": "It could not; `reason` is an error code.", "content": _json("Health")},
-                    },
-                }
-            },
-            "/readyz": {
-                "get": {
-                    "operationId": "readyz",
-                    "summary": "The same, without the report.",
-                    "responses": {
-                        "200": {"description": "It could.", "content": _json("Health")},
-                        "503": {"description": "It could not; `reason` is an error code.", "content": _json("Health")},
-                    },
-                }
-            },
+            "/healthz": _readiness("healthz", "Whether a request could be served now."),
+            "/readyz": _readiness("readyz", "The same, without the report."),
             "/livez": {
                 "get": {
                     "operationId": "livez",
