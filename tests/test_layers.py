@@ -65,6 +65,17 @@ TWENTY_MEGABYTES = """
 """
 NO_SUCH_FUNCTION = "sql_error: no such function"
 
+ON_THE_WAY_TO_AN_EXTENSION = (
+    Layer(name="the authorizer", **AUTHORIZER, refusal="forbidden: load_extension"),
+    Layer(name="the switch", opening=("switches",), refusal="sql_error: not authorized"),
+    Layer(name="not compiled in", image="hardened", refusal=f"{NO_SUCH_FUNCTION}: load_extension"),
+    Layer(
+        name="Landlock",
+        **LANDLOCK,
+        refusal="sql_error: /data/extension.so: cannot open shared object file: Permission denied",
+    ),
+)
+
 ATTACKS = (
     Attack(
         name="attaching a file of the host",
@@ -100,14 +111,7 @@ ATTACKS = (
         image="stock",
         success=[[None]],
         layers=(
-            Layer(name="the authorizer", **AUTHORIZER, refusal="forbidden: load_extension"),
-            Layer(name="the switch", opening=("switches",), refusal="sql_error: not authorized"),
-            Layer(name="not compiled in", image="hardened", refusal=f"{NO_SUCH_FUNCTION}: load_extension"),
-            Layer(
-                name="Landlock",
-                **LANDLOCK,
-                refusal="sql_error: /data/extension.so: cannot open shared object file: Permission denied",
-            ),
+            *ON_THE_WAY_TO_AN_EXTENSION,
             Layer(
                 name="the volume is noexec",
                 mounts=("own volume",),
@@ -236,14 +240,7 @@ IN_A_CHILD: dict[str, tuple[Layer, ...]] = {
         Layer(name="the host's files are not mounted", mounts=(), refusal="internal: CantOpenError"),
     ),
     "loading an extension": (
-        Layer(name="the authorizer", **AUTHORIZER, refusal="forbidden: load_extension"),
-        Layer(name="the switch", opening=("switches",), refusal="sql_error: not authorized"),
-        Layer(name="not compiled in", image="hardened", refusal=f"{NO_SUCH_FUNCTION}: load_extension"),
-        Layer(
-            name="Landlock",
-            **LANDLOCK,
-            refusal="sql_error: /data/extension.so: cannot open shared object file: Permission denied",
-        ),
+        *ON_THE_WAY_TO_AN_EXTENSION,
         Layer(
             name="the volume is noexec",
             steps=("volume",),
