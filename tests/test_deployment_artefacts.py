@@ -158,13 +158,13 @@ def test_each_process_is_an_ordinary_user_with_no_capability_but_the_one_that_de
 def test_containers_are_closed_but_for_what_each_needs(stack):
     state = str(stack.state)
     launcher, web = stack.inspect("launcher"), stack.inspect("web")
-    for container in (launcher, web):
+    for container, memory in ((launcher, 1 << 30), (web, 2 << 30)):
         host = container["HostConfig"]
         assert host["ReadonlyRootfs"]
         assert not host["Privileged"]
         assert host["CapDrop"] == ["ALL"]
         assert 0 < host["PidsLimit"] <= 128
-        assert 0 < host["Memory"] <= 2 << 30
+        assert 0 < host["Memory"] <= memory
         assert host["RestartPolicy"]["Name"] == "unless-stopped"
         assert host["LogConfig"]["Config"] == {"max-size": "10m", "max-file": "5"}
     targets = {name: {mount["Destination"] for mount in item["Mounts"]} for name, item in (("launcher", launcher), ("web", web))}
