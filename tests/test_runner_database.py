@@ -33,6 +33,21 @@ def opened(tenant):
     database.close()
 
 
+PRAGMAS = {
+    "page_size": 4096,
+    "journal_mode": "truncate",
+    "max_page_count": 2539,
+    "temp_store": 2,
+    "synchronous": 2,
+    "mmap_size": 0,
+    "cell_size_check": 1,
+    "trusted_schema": 0,
+    "foreign_keys": 0,
+    "recursive_triggers": 0,
+    "locking_mode": "exclusive",
+}
+
+
 def test_every_switch_holds(opened):
     connection = opened.connection
     for flag, value in CONFIG_FLAGS:
@@ -42,22 +57,23 @@ def test_every_switch_holds(opened):
             assert connection.limit(getattr(apsw, f"SQLITE_LIMIT_{name}")) == value, name
     assert apsw.hard_heap_limit(-1) == opened.configuration.heap_bytes
     connection.authorizer = None
-    pragmas = {
-        "page_size": 4096,
-        "journal_mode": "truncate",
-        "max_page_count": 2539,
-        "temp_store": 2,
-        "synchronous": 2,
-        "mmap_size": 0,
-        "cell_size_check": 1,
-        "trusted_schema": 0,
-        "foreign_keys": 0,
-        "recursive_triggers": 0,
-        "locking_mode": "exclusive",
-    }
-    assert {name: connection.pragma(name) for name in pragmas} == pragmas
+    assert {name: connection.pragma(name) for name in PRAGMAS} == PRAGMAS
     modules = {name for (name,) in connection.execute("SELECT name FROM pragma_module_list")}
     assert {name for name in modules if not name.startswith(("pragma_", "json"))} == MODULES
+
+
+def test_what_sqlite_would_do_by_itself_makes_no_difference(tenant, monkeypatch):
+    """With other defaults than this SQLite was compiled with, each pragma is still what is asked for."""
+
+    def others(connection: apsw.Connection) -> None:
+        for name, value in {"synchronous": "OFF", "mmap_size": 1 << 20, "temp_store": "FILE", "cell_size_check": 0}.items():
+            connection.execute(f"PRAGMA {name}={value}").fetchall()
+
+    monkeypatch.setattr(apsw, "connection_hooks", [others])
+    database = open_database(tenant.configuration, lambda: False, str(tenant.path))
+    database.connection.authorizer = None
+    assert {name: database.connection.pragma(name) for name in PRAGMAS} == PRAGMAS
+    database.close()
 
 
 def test_the_table_of_limits_knows_every_limit_of_sqlite():
