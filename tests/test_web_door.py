@@ -538,6 +538,20 @@ async def test_a_stranger_that_waits_is_read_no_further(tmp_path, callers, block
 # ── memory of what arrives ───────────────────────────────────────────────────────────────────────────────────────────
 
 
+async def test_the_kernel_holds_little_of_what_a_connection_sends_and_an_answer_counts_as_sent_when_the_kernel_has_all(
+    tmp_path, callers
+):
+    async with gateway(tmp_path) as web:
+        await (await callers(web)).status(LIVEZ)
+        [listener] = door(web).sockets
+        [connection] = door(web)._open
+        for each in (listener, connection.transport.get_extra_info("socket")):
+            assert each.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) == door_module.RECEIVE_BYTES
+        assert connection.transport.get_write_buffer_limits() == (0, 0)
+    with socket.socket() as control:
+        assert control.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) > door_module.RECEIVE_BYTES
+
+
 async def test_a_header_is_bounded_as_a_whole(tmp_path, callers):
     async with gateway(tmp_path) as web:
         for fields, status in ((1, b"200"), (4, b"400")):
