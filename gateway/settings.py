@@ -56,6 +56,14 @@ class Settings:
     queue_timeout_seconds: float = _setting(60.0, "Longest wait for a slot or an instance; beyond it 503.", minimum=0.1)
 
     ttl_seconds: int = _setting(600, "Life of an instance.", minimum=1)
+    max_life_seconds: int = _setting(
+        3600, "Longest life of an instance, from its beginning, that its callers can extend it to; 0 switches extending off.", minimum=0
+    )
+    on_damage: str = _setting(
+        "strict",
+        "What a damaged database gets: `strict`: a report, and it is not touched. `salvage`: what is readable goes into a new file.",
+        choices=("strict", "salvage"),
+    )
     reap_interval_seconds: float = _setting(30.0, "Pause between sweeps of the reaper.", minimum=0.1)
     min_free_bytes: int = _setting(1 << 30, "Free space on the state disk below which creates answer 503; 0 is off.", minimum=0)
 
@@ -95,10 +103,12 @@ class Settings:
     max_body_bytes: int = _setting(1 << 20, "Largest request body.", minimum=1024)
 
     deadline_seconds: float = _setting(2.0, "Wall clock of one request's SQL.", minimum=0.05)
+    bulk_deadline_seconds: float = _setting(10.0, "Wall clock of an import, of an upload's check and of a salvage.", minimum=0.05)
     grace_seconds: float = _setting(0.5, "From the deadline to the kill from outside.", minimum=0.05)
     start_timeout_seconds: float = _setting(15.0, "Longest wait for a container to start.", minimum=1)
     max_rows: int = _setting(10_000, "Rows of one answer; more are cut.", minimum=1)
     max_result_bytes: int = _setting(1 << 20, "Bytes of rows, as JSON, of one answer; more are cut.", minimum=1024)
+    max_stream_bytes: int = _setting(16 << 20, "Bytes of rows, as JSON, of one streamed answer; it stops there.", minimum=1024)
 
     instance_bytes: int = _setting(10 << 20, "Largest size of each of an instance's two files.", minimum=1 << 20)
     heap_bytes: int = _setting(48 << 20, "SQLite's own memory in one request.", minimum=8 << 20)
