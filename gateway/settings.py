@@ -57,11 +57,14 @@ class Settings:
 
     ttl_seconds: int = _setting(600, "Life of an instance.", minimum=1)
     max_life_seconds: int = _setting(
-        3600, "Longest life of an instance, from its beginning, that its callers can extend it to; 0 switches extending off.", minimum=0
+        3600,
+        "Longest life of an instance, from its beginning, that its callers can extend it to; 0 switches extending off.",
+        minimum=0,
     )
     on_damage: str = _setting(
         "strict",
-        "What a damaged database gets: `strict`: a report, and it is not touched. `salvage`: what is readable goes into a new file.",
+        "What a damaged database gets: `strict`: a report, and it is not touched. "
+        "`salvage`: what is readable goes into a new file.",
         choices=("strict", "salvage"),
     )
     reap_interval_seconds: float = _setting(30.0, "Pause between sweeps of the reaper.", minimum=0.1)
@@ -97,9 +100,9 @@ class Settings:
         512, "Open connections of one address, trusted proxies aside; beyond it a new one is closed. 0 is off.", minimum=0
     )
     header_seconds: float = _setting(10.0, "Longest wait for the rest of a request's header.", minimum=0.1)
-    body_seconds: float = _setting(30.0, "Longest wait for the rest of a request's body.", minimum=0.1)
+    body_seconds: float = _setting(30.0, "Longest wait for the rest of a request's body, for each MiB begun of it.", minimum=0.1)
     keepalive_seconds: float = _setting(30.0, "Longest wait of an idle connection for its next request.", minimum=0.1)
-    answer_seconds: float = _setting(60.0, "Longest wait for a caller to read its answer.", minimum=0.1)
+    answer_seconds: float = _setting(60.0, "Longest wait for a caller to read its answer, for each MiB begun of it.", minimum=0.1)
     max_body_bytes: int = _setting(1 << 20, "Largest request body.", minimum=1024)
 
     deadline_seconds: float = _setting(2.0, "Wall clock of one request's SQL.", minimum=0.05)
@@ -179,7 +182,17 @@ class Settings:
             if choices and value not in choices:
                 raise SettingsError(f"{name}={text!r} is not one of {', '.join(choices)}")
             values[item.name] = value
-        return cls(**values)
+        settings = cls(**values)
+        settings._require_lasting_tokens()
+        return settings
+
+    def _require_lasting_tokens(self) -> None:
+        for name in ("ttl_seconds", "max_life_seconds"):
+            if (seconds := getattr(self, name)) > self.key_rotation_seconds:
+                raise SettingsError(
+                    f"{PREFIX}KEY_ROTATION_SECONDS={self.key_rotation_seconds} is below {PREFIX}{name.upper()}={seconds}: "
+                    "tokens would end before their instances"
+                )
 
     @property
     def sqlite_limits(self) -> dict[str, int]:

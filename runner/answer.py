@@ -1,16 +1,18 @@
-"""One request from frame to frame, and the end of the process that answered it."""
+"""One request from its first byte to the reply's last, and the end of the process that answered it."""
 
 from __future__ import annotations
 
 import json
 import os
 from enum import IntEnum
+from time import monotonic
 
 import apsw
 
 from .database import absent_limits
 from .failures import verdict_of
-from .wire import NoRequestError, Request, VerdictError, decode_request, encode_failure, read_frame, write_frame
+from .frames import NoRequestError, framed, read_frame, read_upload, write_all
+from .wire import Operation, Request, Verdict, VerdictError, decode_request, encode_error
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -20,11 +22,13 @@ if TYPE_CHECKING:
     from .configuration import Configuration
     from .confine import Facts
     from .database import Expired
+    from .frames import Outbox
 
-    Run = Callable[[Request, Expired], bytes]
-    """Executes a request: gives the inside of the `ok` reply, or raises."""
+    Asked = Request | Operation
+    Run = Callable[[Asked, Expired], bytes | None]
+    """Does what was asked: gives the inside of the reply's last frame, or None if there is nothing more to say, or raises."""
 
-_IN, _OUT = 0, 1
+_IN, OUT = 0, 1
 _BUILD = "/opt/mayfly/build.json"
 _SELFTEST = {
     "write": Request("CREATE TABLE selftest(a); INSERT INTO selftest VALUES (?) RETURNING a; DROP TABLE selftest", [1], False),
@@ -43,31 +47,60 @@ class Exit(IntEnum):
     """The reply could not be written."""
 
 
-def read_request(max_bytes: int) -> bytes | VerdictError:
-    """The inside of the request's frame, or why it is none. Ends the process when none comes."""
+class Clock:
+    """The deadline of one request."""
+
+    __slots__ = ("deadline", "seconds")
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        """From the request's last byte."""
+        self.deadline = monotonic() + seconds
+        """An instant of the monotonic clock; until a request has come, as if it had come now."""
+
+    def expired(self) -> bool:
+        return monotonic() >= self.deadline
+
+
+def read_request(configuration: Configuration, clock: Clock, descriptor: int = _IN) -> Asked | VerdictError:
+    """The request with its upload, or why it is none; its last byte starts the clock. Ends the process when none comes."""
     try:
-        return read_frame(_IN, max_bytes)
+        frame, behind = read_frame(descriptor, configuration.max_request_bytes)
+        clock.deadline = monotonic() + clock.seconds
+        request = decode_request(frame)
+        if type(request) is Operation and request.upload_bytes:
+            _receive_upload(descriptor, request, behind, configuration.instance_bytes)
+            clock.deadline = monotonic() + clock.seconds
+        return request
     except NoRequestError:
         os._exit(Exit.NO_REQUEST)
-    except VerdictError as error:
-        return error
-
-
-def reply_to(frame: bytes | VerdictError, run: Run, expired: Expired) -> bytes:
-    """The inside of the reply's frame, whatever happens."""
-    try:
-        if isinstance(frame, bytes):
-            return run(decode_request(frame), expired)
-        raise frame
     except Exception as error:  # also MemoryError and RecursionError: there is always an answer
-        verdict = verdict_of(error, None, 0)
-        return encode_failure(verdict.verdict, verdict.message)
+        clock.deadline = monotonic() + clock.seconds
+        return verdict_of(error, None, 0)
 
 
-def answer(payload: bytes, code: int) -> NoReturn:
-    """Write the reply and end at once: every change is on the disk already, and the interpreter needs no taking down."""
+def _receive_upload(descriptor: int, operation: Operation, behind: bytes, max_bytes: int) -> None:
+    if operation.upload_bytes > max_bytes:
+        raise VerdictError(Verdict.REQUEST_INVALID, f"an upload of {operation.upload_bytes} bytes; {max_bytes} are allowed")
+    operation.upload = read_upload(descriptor, operation.upload_bytes, behind)
+
+
+def reply_to(request: Asked | VerdictError, run: Run, expired: Expired, outbox: Outbox) -> bytes | None:
+    """The inside of the reply's last frame, whatever happens; None if all of it has been sent."""
     try:
-        write_frame(_OUT, payload)
+        if isinstance(request, VerdictError):
+            raise request
+        return run(request, expired)
+    except Exception as error:
+        # Not by a name of its own: the error would hold this frame, and the frame the error.
+        return (outbox.ending or encode_error)(verdict_of(error, None, 0))
+
+
+def answer(payload: bytes | None, code: int) -> NoReturn:
+    """Write the last frame and end at once: every change is on the disk already, and the interpreter needs no taking down."""
+    try:
+        if payload is not None:
+            write_all(OUT, framed(payload))
     except OSError:
         os._exit(Exit.NO_READER)
     os._exit(code)
@@ -76,7 +109,7 @@ def answer(payload: bytes, code: int) -> NoReturn:
 def self_test(configuration: Configuration, facts: Facts, run: Run, expired: Expired, build: dict[str, Any] | None) -> NoReturn:
     """Confined already: write, read and drop a table in the real place, and print one JSON object."""
     try:
-        replies = {name: json.loads(run(request, expired)) for name, request in _SELFTEST.items()}
+        replies = {name: json.loads(run(request, expired) or "null") for name, request in _SELFTEST.items()}
     except VerdictError as refusal:
         refuse_self_test(f"{refusal.verdict}: {refusal.message}")
     except Exception as error:
@@ -100,7 +133,7 @@ def refuse_self_test(reason: str) -> NoReturn:
 
 
 def _print(facts: dict[str, Any], code: Exit) -> NoReturn:
-    os.write(_OUT, json.dumps(facts).encode() + b"\n")
+    os.write(OUT, json.dumps(facts).encode() + b"\n")
     os._exit(code)
 
 

@@ -1,8 +1,9 @@
 """The child: what the zygote clones for one run. It waits for its request and its volume, seals itself, answers, and ends.
 
-Its way is one plan, made ready in the zygote: system calls laid out in memory, and what each must give. A call that gives
-anything else is the answer `unconfined`, and nothing is read. So little happens in Python because whatever a fresh clone looks at
-it also writes to, by counting references, and pays 1.8 µs for each page (measured; 700 µs instead of 61 for the same request).
+Its way is a plan, made ready in the zygote for each kind of run: system calls laid out in memory, and what each must give. A call
+that gives anything else is the answer `unconfined`, and nothing is read. So little happens in Python because whatever a fresh
+clone looks at it also writes to, by counting references, and pays 1.8 µs for each page (measured; 700 µs instead of 61 for the
+same request).
 """
 
 from __future__ import annotations
@@ -10,37 +11,46 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
-from time import monotonic
 
 from . import confine, landlock, seccomp, syscalls
-from .answer import Exit, answer, read_request, refuse_self_test, reply_to, self_test
+from .answer import OUT, Clock, Exit, answer, read_request, refuse_self_test, reply_to, self_test
+from .configuration import PLAIN, Kind
 from .confine import DATA, FILES
 from .database import hold
 from .execute import run_prepared
-from .wire import Verdict, encode_failure
+from .frames import Outbox
+from .operations import is_on_the_database, perform_prepared
+from .wire import Request, Verdict, encode_failure
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from typing import Any, NoReturn
 
+    from .answer import Asked
     from .configuration import Configuration
-    from .database import Database
-    from .wire import Request
+    from .database import Database, Expired
 
     Act = tuple[Callable[[], int], int]
     """Something to do, and the number it must give."""
-    Operation = tuple[Callable[[], int], int, str]
+    NamedAct = tuple[Callable[[], int], int, str]
     """The same, with the name of its step."""
+    Plan = tuple[NamedAct, ...]
 
 HEADER = struct.Struct("!BBxxI")
 """Of every packet of docs/wire.md: kind, command or flags, run."""
-_SELFTEST = 1
+_SERVE, _SELFTEST, _READ_ONLY, _BULK = 0, 1, 2, 4
+
+KINDS: Mapping[int, Kind] = {
+    command: Kind(read_only=bool(command & _READ_ONLY), bulk=bool(command & _BULK))
+    for command in (_READ_ONLY, _BULK, _READ_ONLY | _BULK)
+} | {_SERVE: PLAIN, _SELFTEST: PLAIN}
+"""What each command of a `RUN` makes of a child."""
 
 DATABASE = 3
 """The descriptor of the database, in a child: the lowest that is free."""
 
-_MOUNT_ATTR_NOSUID_NODEV_NOEXEC = 2 | 4 | 8
+_MOUNT_ATTR_RDONLY, _MOUNT_ATTR_NOSUID_NODEV_NOEXEC = 1, 2 | 4 | 8
 _MOVE_MOUNT_F_EMPTY_PATH = 4
 _AT_FDCWD = -100
 _LAST_DESCRIPTOR = 0xFFFFFFFF
@@ -75,25 +85,39 @@ _MESSAGE = struct.Struct("@PI4xPNPNi4x")  # struct msghdr
 _RIGHTS = struct.Struct("@Niiii")  # struct cmsghdr, and two descriptors
 
 
-def child(
-    database: Database, inbox: Inbox, plan: tuple[Operation, ...], facts: confine.Facts, build: dict[str, Any] | None
-) -> Callable[[], NoReturn]:
-    """What a child runs, from its first step to its last."""
-    configuration = database.configuration
-    deadline_seconds, max_request_bytes = configuration.deadline_ms / 1000, configuration.max_request_bytes
-    packet, answered = inbox.packet, int(Exit.ANSWERED)
-    acts = tuple((operation, wanted) for operation, wanted, _ in plan)
-    deadline = 0.0
+class Life:
+    """What a child does from the moment it knows what it is for, made ready in the zygote."""
 
-    def expired() -> bool:
-        return monotonic() >= deadline
+    __slots__ = ("clock", "database", "facts", "plan", "read_only")
 
-    def run(request: Request, expired: Callable[[], bool]) -> bytes:
-        hold(DATABASE)
-        return run_prepared(request, database, expired)
+    def __init__(self, order: Order, database: Database, made: dict[tuple[str, bool], Plan]) -> None:
+        """Raises UnconfinedError."""
+        self.plan = plan(order, STEPS[1:], made)
+        self.facts = order.facts
+        self.database = database
+        self.read_only = order.kind.read_only
+        self.clock = Clock(order.kind.deadline_ms(order.configuration) / 1000)
 
-    def serve() -> NoReturn:
-        nonlocal deadline
+
+def child(inbox: Inbox, waiting: Plan, lives: Mapping[int, Life], build: dict[str, Any] | None) -> Callable[[], NoReturn]:
+    """What a child runs, from its first step to its last: `waiting`, and the life that the command then names."""
+    packet, outbox, answered = inbox.packet, Outbox(OUT), int(Exit.ANSWERED)
+    # Made last and side by side, because each attribute that a child looks up, and each act that it takes, can be one more page.
+    first = _side_by_side(waiting)
+    made = {
+        life: (
+            _side_by_side(life.plan),
+            life.plan,
+            life.database.configuration,
+            life.clock,
+            life.clock.expired,
+            _run_by(life, outbox),
+        )
+        for life in reversed(dict.fromkeys(lives.values()))
+    }
+    by_command = {command: made[life] for command, life in lives.items()}
+
+    def take(acts: tuple[Act, ...], plan: Plan) -> None:
         for act in acts:
             operation, wanted = act
             try:
@@ -101,14 +125,38 @@ def child(
                     raise syscalls.failure("a system call")
             except Exception as refusal:
                 _refuse(inbox, f"{plan[acts.index(act)][2]}: {refusal}")
-        if packet[1] == _SELFTEST:
-            deadline = monotonic() + deadline_seconds
-            self_test(configuration, facts, run, expired, build)
-        frame = read_request(max_request_bytes)
-        deadline = monotonic() + deadline_seconds
-        answer(reply_to(frame, run, expired), answered)
+
+    def serve() -> NoReturn:
+        take(first, waiting)
+        command = packet[1]
+        if command not in by_command:
+            _refuse(inbox, f"no command {command} is known")
+        acts, plan, configuration, clock, expired, run = by_command[command]
+        take(acts, plan)
+        if command == _SELFTEST:
+            clock = Clock(clock.seconds)
+            self_test(configuration, lives[command].facts, run, clock.expired, build)
+        answer(reply_to(read_request(configuration, clock), run, expired, outbox), answered)
 
     return serve
+
+
+def _side_by_side(plan: Plan) -> tuple[Act, ...]:
+    return tuple((operation, wanted) for operation, wanted, _ in plan)
+
+
+def _run_by(life: Life, outbox: Outbox) -> Callable[[Asked, Expired], bytes | None]:
+    database, read_only = life.database, life.read_only
+
+    def run(asked: Asked, expired: Expired) -> bytes | None:
+        if isinstance(asked, Request):
+            hold(DATABASE, read_only)
+            return run_prepared(asked, database, expired)
+        if is_on_the_database(asked):
+            hold(DATABASE, read_only)
+        return perform_prepared(asked, database, expired, outbox)
+
+    return run
 
 
 def _refuse(inbox: Inbox, reason: str) -> NoReturn:
@@ -123,10 +171,11 @@ def _refuse(inbox: Inbox, reason: str) -> NoReturn:
 class Order:
     """What the steps are for."""
 
-    __slots__ = ("configuration", "facts", "inbox", "taken")
+    __slots__ = ("configuration", "facts", "inbox", "kind", "taken")
 
-    def __init__(self, configuration: Configuration, facts: confine.Facts, inbox: Inbox, taken: int) -> None:
+    def __init__(self, configuration: Configuration, kind: Kind, facts: confine.Facts, inbox: Inbox, taken: int) -> None:
         self.configuration = configuration
+        self.kind = kind
         self.facts = facts
         self.inbox = inbox
         """`first` will be the request's socket, `second` the mount."""
@@ -144,7 +193,8 @@ def _run(order: Order) -> Iterator[Act]:
 
 def _volume(order: Order) -> Iterator[Act]:
     """Its place is there, in the zygote's empty root; its seal is set here and not only trusted to be there."""
-    seal = struct.pack("=QQQQ", _MOUNT_ATTR_NOSUID_NODEV_NOEXEC, 0, 0, 0)
+    attributes = _MOUNT_ATTR_NOSUID_NODEV_NOEXEC | (_MOUNT_ATTR_RDONLY if order.kind.read_only else 0)
+    seal = struct.pack("=QQQQ", attributes, 0, 0, 0)
     here = DATA.encode() + b"\0"
     yield syscalls.prepare("move_mount", order.inbox.second, b"\0", _AT_FDCWD, here, _MOVE_MOUNT_F_EMPTY_PATH), 0
     yield syscalls.prepare("mount_setattr", _AT_FDCWD, here, 0, seal, len(seal)), 0
@@ -174,18 +224,18 @@ def _capabilities(order: Order) -> Iterator[Act]:
 def _landlock(order: Order) -> Iterator[Act]:
     abi = order.facts.landlock_abi = confine.usable_abi(order.configuration.min_landlock_abi)
     if abi:
-        yield landlock.restriction(FILES, abi), 0
+        yield landlock.restriction(FILES, abi, order.kind.read_only), 0
 
 
 def _database(order: Order) -> Iterator[Act]:
     """Open the tenant's file by the number that the zygote's connection, which has not read a file yet, has for its own."""
-    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+    flags = (os.O_RDONLY if order.kind.read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NOFOLLOW
     yield syscalls.prepare("openat", _AT_FDCWD, FILES[0].encode() + b"\0", flags), DATABASE
 
 
 def _limits(order: Order) -> Iterator[Act]:
     """What the zygote cannot have itself: an end of its processor time, and no further process."""
-    limits = {"CPU": confine.cpu_seconds(order.configuration), **confine.NO_PROCESSES}
+    limits = {"CPU": confine.cpu_seconds(order.configuration, order.kind), **confine.NO_PROCESSES}
     order.facts.rlimits |= limits
     for name, value in limits.items():
         yield syscalls.prepare("prlimit64", 0, confine.limit_number(name), struct.pack("=QQ", value, value), None), 0
@@ -209,11 +259,21 @@ STEPS: tuple[tuple[str, Callable[[Order], Iterator[Act]]], ...] = (
 )
 
 
-def plan(order: Order) -> tuple[Operation, ...]:
-    """Every step, ready to be done; raises UnconfinedError."""
-    operations: list[Operation] = []
-    for name, step in STEPS:
-        acts: list[Act] = confine.total(name, list, step(order))
-        operations += ((act, wanted, name) for act, wanted in acts)
+_VARYING: Mapping[str, Callable[[Kind], bool]] = {
+    **dict.fromkeys(("volume", "landlock", "database"), lambda kind: kind.read_only),
+    "limits": lambda kind: kind.bulk,
+}
+"""What of the kind each step depends on; the others are the same for all."""
+
+
+def plan(order: Order, steps: Iterable[tuple[str, Callable[[Order], Iterator[Act]]]], made: dict[tuple[str, bool], Plan]) -> Plan:
+    """The steps, ready to be done; raises UnconfinedError. What is in `made` is not made again: all of it lies in a child's way."""
+    found: Plan = ()
+    for name, step in steps:
+        variant = name, _VARYING[name](order.kind) if name in _VARYING else False
+        if variant not in made:
+            acts: list[Act] = confine.total(name, list, step(order))
+            made[variant] = tuple((act, wanted, name) for act, wanted in acts)
+        found += made[variant]
         order.facts.steps += (name,)
-    return tuple(operations)
+    return found

@@ -13,16 +13,19 @@ import sys
 
 import apsw
 
-from .execute import run_request
-from .failures import verdict_of
-from .wire import decode_request, encode_failure, read_frame, write_frame
+from .answer import Clock, read_request, reply_to
+from .database import prepare
+from .execute import run_prepared
+from .frames import Outbox, framed, read_frame, write_all
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
+    from .answer import Asked
     from .configuration import Configuration
+    from .database import Expired
 
 # More often than the interpreter waits before it specialises a function.
 _ROUNDS = 30
@@ -46,8 +49,8 @@ def warm_up(configuration: Configuration, path: str) -> None:
     reading, writing = os.pipe2(os.O_CLOEXEC)
     for _ in range(_ROUNDS):
         for sql, args in _SCRIPTS:
-            write_frame(writing, json.dumps({"v": 1, "sql": sql, "args": args, "int64": "number"}).encode())
-            write_frame(writing, _reply(read_frame(reading, configuration.max_request_bytes), configuration, path))
+            write_all(writing, framed(json.dumps({"v": 1, "sql": sql, "args": args, "int64": "number"}).encode()))
+            write_all(writing, framed(_reply(reading, configuration, path)))
             read_frame(reading, configuration.max_reply_bytes)
     for descriptor in (reading, writing):
         os.close(descriptor)
@@ -55,12 +58,20 @@ def warm_up(configuration: Configuration, path: str) -> None:
         os.unlink(name)
 
 
-def _reply(frame: bytes, configuration: Configuration, path: str) -> bytes:
+def _reply(reading: int, configuration: Configuration, path: str) -> bytes:
+    """As a child makes it."""
+    clock = Clock(3600.0)
+    request = read_request(configuration, clock, reading)
+    database = prepare(configuration, path)
+
+    def run(asked: Asked, expired: Expired) -> bytes:
+        database.hold_the_file()
+        return run_prepared(asked, database, expired)  # type: ignore[arg-type]  # there are no operations among the scripts
+
     try:
-        return run_request(decode_request(frame), configuration, lambda: False, lambda _: None, path)
-    except Exception as error:
-        verdict = verdict_of(error, None, 0)
-        return encode_failure(verdict.verdict, verdict.message)
+        return reply_to(request, run, clock.expired, Outbox(-1)) or b""
+    finally:
+        database.close()
 
 
 class Entropy(apsw.VFS):

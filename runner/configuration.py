@@ -18,9 +18,11 @@ _MAX_INT = 2**31 - 1
 
 _MINIMUM = {
     "deadline_ms": 1,
+    "bulk_deadline_ms": 1,
     "max_request_bytes": 1,
     "max_rows": 1,
     "max_result_bytes": 1,
+    "max_stream_bytes": 1,
     "instance_bytes": 1 << 20,
     "heap_bytes": 1 << 20,
     "nofile": 8,
@@ -39,11 +41,15 @@ class Configuration:
     __slots__ = (*_MINIMUM, "max_pages", "max_reply_bytes", "sqlite_limits")
 
     deadline_ms: int
-    """From the last byte of the request to the first of the reply."""
+    """From the last byte of the request to the first of the reply, or to the last where a reply is many frames."""
+    bulk_deadline_ms: int
+    """The same, of a bulk run."""
     max_request_bytes: int
     max_rows: int
     max_result_bytes: int
     """Bytes of the rows as JSON."""
+    max_stream_bytes: int
+    """The same, of rows that come in frames: all of them together."""
     instance_bytes: int
     """Largest size of the database's file, and of its journal."""
     heap_bytes: int
@@ -82,6 +88,24 @@ class Configuration:
         for name, value in limits.items():
             _integer(f"sqlite_limits.{name}", value, 0)
         return cls(values, limits)
+
+
+class Kind:
+    """What a run may do, and for how long."""
+
+    __slots__ = ("bulk", "read_only")
+
+    def __init__(self, read_only: bool = False, bulk: bool = False) -> None:
+        self.read_only = read_only
+        """It cannot write to the volume."""
+        self.bulk = bulk
+        """Its time is that for an upload or a whole file."""
+
+    def deadline_ms(self, configuration: Configuration) -> int:
+        return configuration.bulk_deadline_ms if self.bulk else configuration.deadline_ms
+
+
+PLAIN = Kind()
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

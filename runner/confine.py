@@ -24,13 +24,14 @@ import os
 import resource
 
 from . import landlock, seccomp, syscalls
+from .configuration import PLAIN
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
     from typing import Any
 
-    from .configuration import Configuration
+    from .configuration import Configuration, Kind
 
     Step = Callable[["Order", "Facts"], None]
 
@@ -66,10 +67,11 @@ class Facts:
 class Order:
     """What is to be applied."""
 
-    __slots__ = ("configuration", "start_watchdog")
+    __slots__ = ("configuration", "kind", "start_watchdog")
 
-    def __init__(self, configuration: Configuration, start_watchdog: Callable[[], None]) -> None:
+    def __init__(self, configuration: Configuration, start_watchdog: Callable[[], None], kind: Kind = PLAIN) -> None:
         self.configuration = configuration
+        self.kind = kind
         self.start_watchdog = start_watchdog
         """Starts the one further thread; returns when it runs."""
 
@@ -111,17 +113,17 @@ def _interfaces() -> set[str]:
 _SEAL = ((os.ST_NOSUID, "nosuid"), (os.ST_NODEV, "nodev"), (os.ST_NOEXEC, "noexec"))
 
 
-def check_volume() -> None:
-    """Raises UnconfinedError unless the volume is sealed against set-user-id, devices and programs."""
+def check_volume(read_only: bool = False) -> None:
+    """Raises UnconfinedError unless the volume is sealed against set-user-id, devices and programs, and writes if it should be."""
     lacking = ~os.statvfs(DATA).f_flag
-    for flag, option in _SEAL:
+    for flag, option in (*_SEAL, (os.ST_RDONLY, "ro")) if read_only else _SEAL:
         if lacking & flag:
             raise UnconfinedError(f"{DATA} is not mounted {option}")
 
 
 def _process(order: Order, facts: Facts) -> None:
     check_process()
-    check_volume()
+    check_volume(order.kind.read_only)
 
 
 def renounce_privileges() -> None:
@@ -143,9 +145,9 @@ def _descriptors(order: Order, facts: Facts) -> None:
     syscalls.invoke("close_range", 3, 0xFFFFFFFF, 0)
 
 
-def cpu_seconds(configuration: Configuration) -> int:
+def cpu_seconds(configuration: Configuration, kind: Kind) -> int:
     """The kernel's own deadline, should nobody else kill: whole seconds, start-up included."""
-    return -(-configuration.deadline_ms // 1000) + _CPU_MARGIN_SECONDS
+    return -(-kind.deadline_ms(configuration) // 1000) + _CPU_MARGIN_SECONDS
 
 
 def lasting_limits(configuration: Configuration) -> dict[str, int]:
@@ -158,7 +160,7 @@ NO_PROCESSES = {"NPROC": 0}
 
 
 def _limits(order: Order, facts: Facts) -> None:
-    facts.rlimits |= limit({**lasting_limits(order.configuration), "CPU": cpu_seconds(order.configuration)})
+    facts.rlimits |= limit({**lasting_limits(order.configuration), "CPU": cpu_seconds(order.configuration, order.kind)})
 
 
 def usable_abi(minimum: int) -> int:
@@ -173,7 +175,7 @@ def usable_abi(minimum: int) -> int:
 def _landlock(order: Order, facts: Facts) -> None:
     facts.landlock_abi = usable_abi(order.configuration.min_landlock_abi)
     if facts.landlock_abi:
-        landlock.restriction(FILES, facts.landlock_abi)()
+        landlock.restriction(FILES, facts.landlock_abi, order.kind.read_only)()
 
 
 def _watchdog(order: Order, facts: Facts) -> None:
@@ -218,12 +220,12 @@ STEPS: tuple[tuple[str, Step], ...] = (
 )
 
 
-def confine(configuration: Configuration, start_watchdog: Callable[[], None]) -> Facts:
+def confine(configuration: Configuration, start_watchdog: Callable[[], None], kind: Kind = PLAIN) -> Facts:
     """Apply every step, for good. Raises UnconfinedError; the process is then of no further use.
 
     `start_watchdog` starts the watchdog's thread and returns once that thread runs Python code: what a thread does to come up
     is more than the filter allows."""
-    return apply(STEPS, Order(configuration, start_watchdog))
+    return apply(STEPS, Order(configuration, start_watchdog, kind))
 
 
 def apply(steps: Iterable[tuple[str, Step]], order: Order) -> Facts:

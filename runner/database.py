@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 PATH = "/data/db.sqlite"
 
 # SQLITE_OPEN_NOMUTEX: the watchdog's interrupt is the one call from another thread, and may be made at any time.
-_FLAGS = apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_NOMUTEX | apsw.SQLITE_OPEN_EXRESCODE | apsw.SQLITE_OPEN_NOFOLLOW
+_FLAGS = apsw.SQLITE_OPEN_NOMUTEX | apsw.SQLITE_OPEN_EXRESCODE | apsw.SQLITE_OPEN_NOFOLLOW
+_WRITING, _READING = _FLAGS | apsw.SQLITE_OPEN_READWRITE, _FLAGS | apsw.SQLITE_OPEN_READONLY
 
 # "unix" without SQLite's own locks, in whose place stands that of `hold`: they know a file by the number that it had when it was
 # opened, and a zygote's child has another one (zygote.py). By name, because the default may be the one of cloning.py.
@@ -45,6 +46,7 @@ _VFS = "unix-none"
 
 _F_OFD_SETLK = 37
 _WHOLE_FILE = struct.pack("@hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)  # struct flock
+_WHOLE_FILE_SHARED = struct.pack("@hhqqi", fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0)
 
 # 1,000 instructions: no measurable cost, against 25 % for 100. It is the second timer; the watchdog's interrupt is the first,
 # and stops a query of slow instructions sooner than a handler at any setting (1.2 s against 2.7 s at 100, deadline 1 s).
@@ -56,19 +58,19 @@ _ZEROS = bytes(1 << 16)
 class Database:
     """The one connection, and what its steps and its end need to know."""
 
-    __slots__ = ("_held", "configuration", "connection", "guard", "path")
+    __slots__ = ("_held", "configuration", "connection", "guard", "path", "read_only")
 
-    def __init__(self, connection: apsw.Connection, path: str, configuration: Configuration) -> None:
+    def __init__(self, connection: apsw.Connection, path: str, configuration: Configuration, read_only: bool = False) -> None:
         self.connection = connection
         self.guard = Guard()
         self.path = path
         self.configuration = configuration
+        self.read_only = read_only
         self._held: int | None = None
 
     def hold_the_file(self) -> None:
         """As `hold`, by a descriptor of its own."""
-        self._held = os.open(self.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-        hold(self._held)
+        self._held = held(self.path, self.read_only)
 
     def read(self, expired: Expired) -> None:
         """Look at the file for the first time. Raises VerdictError, or apsw.Error for what its class alone explains.
@@ -99,6 +101,8 @@ class Database:
         SQLite reports ENOSPC as SQLITE_FULL, like its own quota, and keeps no errno; statfs would be one more system call for
         an error's sake. The journal is empty after the rollback, and one that begins with a zero byte is none to SQLite.
         """
+        if self.read_only:
+            return False
         descriptor = os.open(f"{self.path}-journal", os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
             if os.fstat(descriptor).st_size:
@@ -116,9 +120,9 @@ class Database:
         return False
 
 
-def open_database(configuration: Configuration, expired: Expired, path: str = PATH) -> Database:
+def open_database(configuration: Configuration, expired: Expired, path: str = PATH, read_only: bool = False) -> Database:
     """Prepare, hold the file and read it, in one go."""
-    database = prepare(configuration, path)
+    database = prepare(configuration, path, read_only)
     try:
         database.hold_the_file()
     except BaseException:
@@ -128,12 +132,12 @@ def open_database(configuration: Configuration, expired: Expired, path: str = PA
     return database
 
 
-def prepare(configuration: Configuration, path: str = PATH) -> Database:
+def prepare(configuration: Configuration, path: str = PATH, read_only: bool = False) -> Database:
     """Open and fortify, without a look at the file. Raises VerdictError, or apsw.Error for what its class alone explains."""
-    _limit_heap(configuration.heap_bytes)
+    limit_heap(configuration.heap_bytes)
     # No statement cache: each statement is compiled when it runs, and what the authorizer hears belongs to it alone.
-    connection = apsw.Connection(path, _FLAGS, _VFS, 0)
-    database = Database(connection, path, configuration)
+    connection = apsw.Connection(path, _READING if read_only else _WRITING, _VFS, 0)
+    database = Database(connection, path, configuration, read_only)
     try:
         for _, step in PREPARING:
             step(database)
@@ -143,12 +147,27 @@ def prepare(configuration: Configuration, path: str = PATH) -> Database:
     return database
 
 
-def hold(descriptor: int) -> None:
-    """Keep everybody else from the file, other runners and SQLite's own locks too, until it is closed. Raises BlockingIOError."""
-    fcntl.fcntl(descriptor, _F_OFD_SETLK, _WHOLE_FILE)
+def held(path: str, read_only: bool) -> int:
+    """A new descriptor of the file, by which it is held."""
+    descriptor = os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        hold(descriptor, read_only)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
-def _limit_heap(heap_bytes: int) -> None:
+def hold(descriptor: int, read_only: bool = False) -> None:
+    """Keep everybody else from the file, other runners and SQLite's own locks too, until it is closed. Raises BlockingIOError.
+
+    By a descriptor that cannot write there is a shared lock to be had alone: it keeps from the file whoever would write.
+    """
+    fcntl.fcntl(descriptor, _F_OFD_SETLK, _WHOLE_FILE_SHARED if read_only else _WHOLE_FILE)
+
+
+def limit_heap(heap_bytes: int) -> None:
+    """Of everything that this process has of SQLite. Raises VerdictError."""
     apsw.hard_heap_limit(heap_bytes)
     if apsw.hard_heap_limit(-1) != heap_bytes:
         raise _unconfined("SQLite's heap limit does not hold")

@@ -22,57 +22,78 @@ from .wire import ResultFullError, RowEncoder, Verdict, VerdictError, encode_col
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any
+    from typing import Any, TypeVar
 
     from .configuration import Configuration
-    from .database import Database
+    from .database import Database, Expired
     from .wire import Arguments, Request
+
+    Asked = TypeVar("Asked")
+    Reply = TypeVar("Reply")
+    Act = Callable[[Database, Asked, Expired], Reply]
+    """What to do with a database that has been read. Raises VerdictError alone; what caused it is its `__cause__`."""
+    Watch = Callable[[apsw.Connection | None], None]
+    """Told which connection to interrupt at the deadline, and None before it closes."""
 
 # What SQLite sees as nothing: white space, semicolons, comments. Atomic groups, so that it takes linear time on any text.
 _BLANK = re.compile(r"(?>[ \t\r\n\f;]++|--[^\n]*+|/\*(?s:(?>.*?\*/|.*)))*+")
 
 _CHANGES = frozenset({apsw.SQLITE_INSERT, apsw.SQLITE_UPDATE, apsw.SQLITE_DELETE})
+LEFT_OPEN = "transaction left open; it was rolled back"
 _ALTER_TABLE = apsw.SQLITE_ALTER_TABLE
 
 
 def run_request(
-    request: Request,
-    configuration: Configuration,
-    expired: Callable[[], bool],
-    watch: Callable[[apsw.Connection | None], None],
-    path: str = PATH,
+    request: Request, configuration: Configuration, expired: Expired, watch: Watch, path: str = PATH, read_only: bool = False
 ) -> bytes:
     """Open, execute, close: the inside of the `ok` reply. Raises VerdictError for every other, apsw.Error when opening fails.
 
-    `expired` tells whether the deadline has passed. `watch` is told which connection to interrupt then, and None before it closes.
+    `expired` tells whether the deadline has passed.
     """
-    database = open_database(configuration, expired, path)
+    return in_opened(execute, request, configuration, expired, watch, path, read_only)
+
+
+def in_opened(
+    act: Act[Asked, Reply],
+    asked: Asked,
+    configuration: Configuration,
+    expired: Expired,
+    watch: Watch,
+    path: str = PATH,
+    read_only: bool = False,
+) -> Reply:
+    """As `run_request`, for whatever is to be done."""
+    database = open_database(configuration, expired, path, read_only)
     watch(database.connection)
     try:
-        return _execute_or_close(database, request, expired, watch)
+        return _or_close(act, asked, database, expired, watch)
     finally:
         watch(None)
         database.close()
 
 
-def run_prepared(request: Request, database: Database, expired: Callable[[], bool]) -> bytes:
+def run_prepared(request: Request, database: Database, expired: Expired) -> bytes:
     """As `run_request`, on a database that is prepared and held, and that nobody watches.
 
     It is not closed after an `ok`. Every statement has committed, the process ends next, and closing would write to 40 more pages.
     """
     database.read(expired)
-    return _execute_or_close(database, request, expired, _nobody_watches)
+    return _or_close(execute, request, database, expired, _nobody_watches)
+
+
+def in_prepared(act: Act[Asked, Reply], asked: Asked, database: Database, expired: Expired) -> Reply:
+    """As `run_prepared`, for whatever is to be done."""
+    database.read(expired)
+    return _or_close(act, asked, database, expired, _nobody_watches)
 
 
 def _nobody_watches(_: apsw.Connection | None) -> None:
     """A zygote's child has no second thread."""
 
 
-def _execute_or_close(
-    database: Database, request: Request, expired: Callable[[], bool], watch: Callable[[apsw.Connection | None], None]
-) -> bytes:
+def _or_close(act: Act[Asked, Reply], asked: Asked, database: Database, expired: Expired, watch: Watch) -> Reply:
     try:
-        return execute(database, request, expired)
+        return act(database, asked, expired)
     except VerdictError as verdict:
         watch(None)
         database.close()
@@ -81,54 +102,75 @@ def _execute_or_close(
         raise
 
 
-def execute(database: Database, request: Request, expired: Callable[[], bool]) -> bytes:
+def execute(database: Database, request: Request, expired: Expired) -> bytes:
     """The inside of the `ok` reply. Raises VerdictError for any other; what caused it is its `__cause__`."""
-    script = _Script(database, request, expired)
+    script = Script(database, request, expired)
     try:
-        return script.run()
+        script.run()
+        if database.connection.in_transaction:
+            raise VerdictError(Verdict.SQL_ERROR, LEFT_OPEN)
+        reply = encode_result(script.columns, script.rows, script.rows_affected, script.truncated)
+        script.check_time()
+        if len(reply) > database.configuration.max_reply_bytes:
+            raise VerdictError(Verdict.SQL_ERROR, "the names of the columns are too long")
+        return reply
     except Exception as error:
-        verdict = verdict_of(error, database.guard.refused, database.connection.system_errno)
-        if verdict.verdict is Verdict.MEMORY_LIMIT and script.too_complex():
-            verdict = VerdictError(Verdict.TOO_COMPLEX, "the program of a statement is too long")
-        raise verdict from error
+        raise script.explain(error) from error
 
 
-class _Script:
+def explained(database: Database, error: Exception) -> VerdictError:
+    """What an exception of the statement at hand means."""
+    return verdict_of(error, database.guard.refused, database.connection.system_errno, database.read_only)
+
+
+class Script:
+    """One text, and what has become of it. After `run` its result is that of the last statement that returned a row set."""
+
     __slots__ = (
         "_args_used",
         "_args_wanted",
-        "_columns",
         "_configuration",
         "_connection",
         "_counts",
+        "_database",
         "_end",
         "_expired",
         "_guard",
         "_has_rows",
         "_is_last",
+        "_most",
         "_names_used",
         "_request",
-        "_rows",
-        "_rows_affected",
+        "_room",
         "_started",
         "_text",
-        "_truncated",
+        "columns",
+        "rows",
+        "rows_affected",
+        "truncated",
     )
 
-    def __init__(self, database: Database, request: Request, expired: Callable[[], bool]) -> None:
+    def __init__(
+        self, database: Database, request: Request, expired: Expired, room: int | None = None, most: int | None = None
+    ) -> None:
+        """At most `room` bytes of rows, and `most` of them: otherwise as the configuration says."""
         self._connection = database.connection
         self._guard = database.guard
-        self._configuration = database.configuration
+        self._configuration = configuration = database.configuration
+        self._database = database
+        self._room = configuration.max_result_bytes if room is None else room
+        self._most = configuration.max_rows if most is None else most
         self._request = request
         self._expired = expired
         self._args_used = 0
         self._args_wanted: int | None = None
         """How many values the statement takes, where a first attempt has told."""
         self._names_used: set[str] = set()
-        self._columns: bytes | None = None
-        self._rows: list[bytes] = []
-        self._truncated = False
-        self._rows_affected = 0
+        self.columns: bytes | None = None
+        """As JSON, like each of `rows`."""
+        self.rows: list[bytes] = []
+        self.truncated = False
+        self.rows_affected = 0
         # Of the statement at hand:
         self._text = ""
         self._is_last = True
@@ -137,22 +179,23 @@ class _Script:
         self._has_rows = False
         self._counts = False
 
-    def run(self) -> bytes:
+    def run(self) -> None:
+        """Every statement, one after the other. Raises what `explain` takes."""
         self._check_text()
         rest, end = self._request.sql, self._attempt(self._request.sql, is_last=True)
         while end is not None:
             self._attempt(rest[:end], is_last=False)
             rest, self._args_wanted = rest[end:], None
             end = self._attempt(rest, is_last=True)
-        if self._connection.in_transaction:
-            raise VerdictError(Verdict.SQL_ERROR, "transaction left open; it was rolled back")
-        reply = encode_result(self._columns, self._rows, self._rows_affected, self._truncated)
-        self._check_time()
-        if len(reply) > self._configuration.max_reply_bytes:
-            raise VerdictError(Verdict.SQL_ERROR, "the names of the columns are too long")
-        return reply
 
-    def too_complex(self) -> bool:
+    def explain(self, error: Exception) -> VerdictError:
+        """What ended the script."""
+        verdict = explained(self._database, error)
+        if verdict.verdict is Verdict.MEMORY_LIMIT and self._too_complex():
+            return VerdictError(Verdict.TOO_COMPLEX, "the program of a statement is too long")
+        return verdict
+
+    def _too_complex(self) -> bool:
         """Whether the statement that ran out of memory while it was compiled does compile without the limit on its program.
 
         SQLite reports VDBE_OP as "out of memory". Only compiles, and the heap limit stays.
@@ -190,14 +233,14 @@ class _Script:
             if self._guard.vacuums:
                 self._attach_limit(self._configuration.sqlite_limits["ATTACHED"])
         if self._counts and self._connection.total_changes() > before:
-            self._rows_affected += self._connection.changes()
+            self.rows_affected += self._connection.changes()
         return None
 
     def _trace(self, cursor: apsw.Cursor, statement: str, bindings: Any) -> bool:
         """Between compiling and running: False stops the attempt."""
         if self._started:
             return True  # the blank end of the text
-        self._check_time()
+        self.check_time()
         if len(statement) != len(self._text) and not _BLANK.fullmatch(self._text, len(statement)):
             self._end, self._args_wanted = len(statement), cursor.bindings_count
             return False
@@ -217,7 +260,7 @@ class _Script:
         is_alter = _ALTER_TABLE in actions and not cursor.is_explain
         if not is_alter and (names := [column[0] for column in cursor.get_description()]):
             self._has_rows = True
-            self._columns, self._rows, self._truncated = encode_columns(names), [], False
+            self.columns, self.rows, self.truncated = encode_columns(names), [], False
         return True
 
     def _fetch(self, cursor: apsw.Cursor) -> None:
@@ -225,7 +268,7 @@ class _Script:
             for _ in cursor:  # steps over the blank end of the text
                 pass
             return
-        rows, room, most = self._rows, self._configuration.max_result_bytes, self._configuration.max_rows
+        rows, room, most = self.rows, self._room, self._most
         encode = RowEncoder(room, self._request.int64_as_string).encode
         try:
             for row in cursor:
@@ -238,7 +281,7 @@ class _Script:
                 rows.append(line)
         except ResultFullError:
             # The changes of INSERT … RETURNING are complete before its first row, and are committed by the close.
-            self._truncated = True
+            self.truncated = True
             cursor.close(True)
 
     def _bindings(self) -> Arguments:
@@ -268,7 +311,7 @@ class _Script:
         if "\0" in sql:  # a text ends there for SQLite, so what follows would be dropped unread
             raise VerdictError(Verdict.SQL_ERROR, "sql holds a NUL character")
 
-    def _check_time(self) -> None:
+    def check_time(self) -> None:
         if self._expired():
             raise VerdictError(Verdict.TIMEOUT)
 

@@ -27,11 +27,12 @@ _ERRNO = {
 }
 
 
-def verdict_of(error: Exception, refused: str | None, system_errno: int) -> VerdictError:
+def verdict_of(error: Exception, refused: str | None, system_errno: int, read_only: bool = False) -> VerdictError:
     """The verdict for an exception from SQLite or Python.
 
-    `refused` is what the authorizer refused in the statement, `system_errno` the connection's last. FullError is `storage_full`
-    here and NoMemError `memory_limit`; the caller looks closer, because both have a second cause that leaves no trace in them.
+    `refused` is what the authorizer refused in the statement, `system_errno` the connection's last, and `read_only` is whether that
+    was opened only to be read. FullError is `storage_full` here and NoMemError `memory_limit`; the caller looks closer, because
+    both have a second cause that leaves no trace in them.
     """
     if isinstance(error, VerdictError):
         return error
@@ -51,6 +52,11 @@ def verdict_of(error: Exception, refused: str | None, system_errno: int) -> Verd
         return VerdictError(_ERRNO.get(system_errno, Verdict.INTERNAL), _name(error))
     if isinstance(error, apsw.CorruptError) and _extended_code(error) == apsw.SQLITE_CORRUPT_VTAB:
         return VerdictError(Verdict.SQL_ERROR, str(error))  # an index that does not fit its content table; the file is whole
+    if isinstance(error, apsw.ReadOnlyError):
+        if _extended_code(error) == apsw.SQLITE_READONLY_ROLLBACK:
+            return VerdictError(Verdict.UNSETTLED)
+        if read_only:
+            return VerdictError(Verdict.SQL_ERROR, str(error))
     if isinstance(error, (apsw.CorruptError, apsw.NotADBError, apsw.ReadOnlyError)):  # read-only: the header names a newer format
         return VerdictError(Verdict.DAMAGED, str(error))
     if isinstance(error, _TENANT_ERRORS):

@@ -1,6 +1,7 @@
 """Landlock: after what `restriction` gives has run, this process reads and writes the named files and touches nothing else by path.
 
-Everything that the kernel's ABI can take away is handled, and only the named files get something back: read, write, truncate.
+Everything that the kernel's ABI can take away is handled, and only the named files get something back: read, write, truncate,
+or to be read alone.
 They are rules on the files themselves, not on their folder, so nothing can be made, removed, renamed or listed anywhere. From
 ABI 4 TCP is gone too, from ABI 6 abstract sockets and signals to processes outside.
 
@@ -56,7 +57,7 @@ def _all_known(rights: dict[int, int], abi: int) -> int:
     return (1 << max((count for since, count in rights.items() if since <= abi), default=0)) - 1
 
 
-def restriction(files: Sequence[str], abi: int) -> Callable[[], int]:
+def restriction(files: Sequence[str], abi: int, read_only: bool = False) -> Callable[[], int]:
     """What leaves this thread, and all it starts, nothing but the files; everything is made ready that can be before they exist.
 
     Needs an ABI of at least 1. What it gives returns 0, needs no_new_privs and raises OSError.
@@ -67,7 +68,8 @@ def restriction(files: Sequence[str], abi: int) -> Callable[[], int]:
     create = syscalls.prepare("landlock_create_ruleset", attributes, len(attributes), 0)
     how = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
     opens = tuple(syscalls.prepare("openat", _AT_FDCWD, path.encode() + b"\0", how) for path in files)
-    rule = ctypes.create_string_buffer(_RULE.pack(rights[0] & (_READ_FILE | _WRITE_FILE | _TRUNCATE), -1), _RULE.size)
+    given = _READ_FILE if read_only else _READ_FILE | _WRITE_FILE | _TRUNCATE
+    rule = ctypes.create_string_buffer(_RULE.pack(rights[0] & given, -1), _RULE.size)
     file = ctypes.c_int.from_buffer(rule, 8)
     found = ctypes.create_string_buffer(256)
     look = syscalls.prepare("statx", file, b"\0", _AT_EMPTY_PATH, _STATX_TYPE | _STATX_NLINK, found)

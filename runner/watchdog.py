@@ -2,7 +2,8 @@
 
 At the deadline it interrupts SQLite, again and again, because an interrupt that falls between two statements is forgotten. A
 single opcode can outlast that: then, after a grace, the watchdog gives the answer itself and ends the process. Whoever holds
-`_answer` may write to the reply's descriptor, and nobody lets go of it, so there is never more than one answer.
+`_answer` may write to the reply's descriptor. For a piece of an answer it is let go of again; for the last nobody does, so there is
+never more than one end.
 
 The thread is started before the seccomp filter, and from then on needs clocks and futexes alone.
 """
@@ -27,7 +28,7 @@ _REPEAT_SECONDS = 0.01
 
 
 class Watchdog:
-    """Started once, armed once; `give_up` writes the `timeout` reply and ends the process.
+    """Started once, armed once; `give_up` writes what the reply lacks for a `timeout` and ends the process.
 
     One that is not armed within `longest_wait_seconds` calls `forsake`, which ends the process without a word.
     """
@@ -67,6 +68,13 @@ class Watchdog:
         self._answer.acquire()
         self._done.set()
 
+    def claim_piece(self) -> None:
+        """Take the right to write a part of the answer. Does not return when the watchdog has it."""
+        self._answer.acquire()
+
+    def release_piece(self) -> None:
+        self._answer.release()
+
     def _run(self) -> None:
         if not self._armed.wait(self._longest_wait_seconds):
             self._forsake()
@@ -78,5 +86,5 @@ class Watchdog:
                     self._connection.interrupt()
             if self._done.wait(_REPEAT_SECONDS):
                 return
-        if self._answer.acquire(blocking=False):
-            self._give_up()
+        self._answer.acquire()  # after the piece that is being written; after the last one never
+        self._give_up()

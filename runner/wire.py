@@ -1,4 +1,4 @@
-"""The runner's side of docs/wire.md: frames, the request, the reply, and how a value looks in both.
+"""The runner's side of docs/wire.md: what is inside the frames. Requests, replies, and how a value looks in both.
 
 Text that is not UTF-8 is a `str` with surrogate escapes on this side (U+DC80..U+DCFF for the bytes 80..FF), which is also what
 the image's apsw gives and takes. A lone surrogate never leaves and never enters as a JSON string.
@@ -9,23 +9,19 @@ from __future__ import annotations
 import binascii
 import json
 import math
-import os
 import re
-import struct
 from enum import StrEnum
 from json.encoder import encode_basestring
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from typing import Any, NoReturn
 
     Value = None | int | float | str | bytes
     Arguments = list[Value] | dict[str, Value] | None
 
 VERSION = 1
-LENGTH_BYTES = 4
-_LENGTH = struct.Struct("!I")
 MAX_MESSAGE_CHARACTERS = 1000
 
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
@@ -33,13 +29,22 @@ INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 _DECIMAL = re.compile(r"-?[0-9]{1,19}")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _LONG_CHARACTERS = 4096
-_FIRST_READ_BYTES = 4096
+_MOST_STEPS = 1000
 
 
 class Verdict(StrEnum):
     """How a request ended; the set is closed."""
 
     OK = "ok"
+    ROWS = "rows"
+    BATCH = "batch"
+    SCHEMA = "schema"
+    FILE = "file"
+    IMPORTED = "imported"
+    ACCEPTED = "accepted"
+    FILE_REFUSED = "file_refused"
+    REPORT = "report"
+    # And the failures:
     SQL_ERROR = "sql_error"
     FORBIDDEN = "forbidden"
     ARGS_INVALID = "args_invalid"
@@ -49,12 +54,17 @@ class Verdict(StrEnum):
     HOST_FULL = "host_full"
     MEMORY_LIMIT = "memory_limit"
     DAMAGED = "damaged"
+    UNSETTLED = "unsettled"
+    STEP_FAILED = "step_failed"
+    IMPORT_INVALID = "import_invalid"
     REQUEST_INVALID = "request_invalid"
     UNCONFINED = "unconfined"
     INTERNAL = "internal"
 
 
-WITHOUT_MESSAGE = frozenset({Verdict.OK, Verdict.TIMEOUT, Verdict.STORAGE_FULL, Verdict.HOST_FULL, Verdict.MEMORY_LIMIT})
+WITHOUT_MESSAGE = frozenset(
+    {Verdict.OK, Verdict.TIMEOUT, Verdict.STORAGE_FULL, Verdict.HOST_FULL, Verdict.MEMORY_LIMIT, Verdict.UNSETTLED}
+)
 
 
 class VerdictError(Exception):
@@ -66,8 +76,23 @@ class VerdictError(Exception):
         self.message = message
 
 
-class NoRequestError(Exception):
-    """The stream ended before a whole request had come."""
+class StepFailedError(VerdictError):
+    """A step of a batch ends here, and the batch with it."""
+
+    def __init__(self, step: int, failure: VerdictError) -> None:
+        super().__init__(Verdict.STEP_FAILED)
+        self.step = step
+        """From 0."""
+        self.failure = failure
+
+
+class ImportInvalidError(VerdictError):
+    """An upload is not what its order says."""
+
+    def __init__(self, line: int | None, message: str) -> None:
+        super().__init__(Verdict.IMPORT_INVALID, message)
+        self.line = line
+        """From 1, where one line is to blame."""
 
 
 class ResultFullError(Exception):
@@ -83,44 +108,37 @@ class Request:
         self.int64_as_string = int64_as_string
 
 
-def read_frame(descriptor: int, max_bytes: int) -> bytes:
-    """The inside of one frame. Raises NoRequestError at an early end, VerdictError for a length that is not allowed."""
-    # All of most requests in one read. What would follow the frame is not looked at, here or ever.
-    data = _read_until(descriptor, LENGTH_BYTES, b"", _FIRST_READ_BYTES)
-    (length,) = _LENGTH.unpack_from(data)
-    if not 1 <= length <= max_bytes:
-        raise VerdictError(Verdict.REQUEST_INVALID, f"a frame of {length} bytes; 1 to {max_bytes} are allowed")
-    end = LENGTH_BYTES + length
-    return _read_until(descriptor, end, data, 1 << 16)[LENGTH_BYTES:end]
+class Step:
+    """Of a batch."""
+
+    __slots__ = ("condition", "request")
+
+    def __init__(self, request: Request, condition: str | None) -> None:
+        self.request = request
+        self.condition = condition
+        """What must be true of the step before: a key of batch.CONDITIONS, or None."""
 
 
-def _read_until(descriptor: int, end: int, data: bytes, most: int) -> bytes:
-    """`data` and what comes after it, at least `end` bytes in all. Grows with what has come, not with what was announced."""
-    if len(data) >= end:
-        return data
-    chunk = os.read(descriptor, most)
-    if not data and len(chunk) >= end:
-        return chunk
-    grown = bytearray(data)
-    while chunk:
-        grown += chunk
-        if len(grown) >= end:
-            return bytes(grown)
-        chunk = os.read(descriptor, most)
-    raise NoRequestError
+class Operation:
+    """A request that is not just SQL to run: one with `op`."""
+
+    __slots__ = ("content", "name", "upload", "upload_bytes")
+
+    def __init__(self, name: str, content: Any = None, upload_bytes: int = 0) -> None:
+        self.name = name
+        self.content = content
+        """`rows`: the Request. `batch`: a tuple of Step. `import`: a dict, the arguments of bulk.ImportOrder. Else None."""
+        self.upload_bytes = upload_bytes
+        """How many bytes follow the frame."""
+        self.upload = b""
+        """They, when they have come."""
 
 
-def write_frame(descriptor: int, payload: bytes) -> None:
-    frame = len(payload).to_bytes(LENGTH_BYTES, "big") + payload
-    sent = os.write(descriptor, frame)
-    if sent < len(frame):
-        rest = memoryview(frame)[sent:]
-        while rest:
-            rest = rest[os.write(descriptor, rest) :]
+def decode_request(payload: bytes) -> Request | Operation:
+    """Read the inside of a request frame; raises VerdictError `request_invalid`, or `args_invalid` for a value in `args`.
 
-
-def decode_request(payload: bytes) -> Request:
-    """Read the inside of a request frame; raises VerdictError `request_invalid`, or `args_invalid` for a value in `args`."""
+    Whether an upload may be that long, or a table have such a name, is for whoever takes it.
+    """
     try:
         document = _parse(payload.decode("utf-8"))
     except UnicodeDecodeError:
@@ -134,15 +152,126 @@ def decode_request(payload: bytes) -> Request:
     if type(document) is not dict:
         _broken("not an object")
     if document.keys() != {"v", "sql", "args", "int64"}:
+        if "op" in document:
+            return _operation(document)
         _broken("the keys are not v, sql, args, int64")
     sql, args = document["sql"], document["args"]
     if type(document["v"]) is not int or document["v"] != VERSION:
         _broken(f"version is not {VERSION}")
-    if type(sql) is not str or not _is_unicode(sql):
+    if type(sql) is not str or not is_unicode(sql):
         _broken("sql is not a string of Unicode characters")
     if document["int64"] not in ("number", "string"):
         _broken("int64 is neither number nor string")
     return Request(sql, _arguments(args), document["int64"] == "string")
+
+
+def _operation(document: dict[str, Any]) -> Operation:
+    name = document.pop("op")
+    content = _CONTENTS.get(name) if type(name) is str else None
+    if content is None:
+        _broken("no operation of that name")
+    version = document.pop("v", None)
+    if type(version) is not int or version != VERSION:
+        _broken(f"version is not {VERSION}")
+    keys, read = content
+    if document.keys() != keys:
+        _broken(f"the further keys of {name} are not {', '.join(sorted(keys)) or 'none'}")
+    return Operation(name, read(document), _upload_bytes(document.get("upload", 0)))
+
+
+def _upload_bytes(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        _broken("upload is not a number of bytes")
+    return value
+
+
+def _nothing(document: dict[str, Any]) -> None:
+    return None
+
+
+def _script(document: dict[str, Any]) -> Request:
+    return Request(_text(document, "sql"), _arguments(document["args"]), _int64_as_string(document))
+
+
+def _steps(document: dict[str, Any]) -> tuple[Step, ...]:
+    steps, as_string = document["steps"], _int64_as_string(document)
+    if type(steps) is not list or not 1 <= len(steps) <= _MOST_STEPS:
+        _broken(f"steps are not an array of 1 to {_MOST_STEPS}")
+    return tuple(_step(number, step, as_string) for number, step in enumerate(steps))
+
+
+def _step(number: int, step: Any, int64_as_string: bool) -> Step:
+    if type(step) is not dict or step.keys() != {"sql", "args", "if"}:
+        _broken("a step's keys are not sql, args, if")
+    condition = step["if"]
+    if condition is not None and (not number or condition not in ("changed", "unchanged", "rows", "no_rows")):
+        _broken("if is no condition, or the first step's")
+    sql = _text(step, "sql")
+    try:
+        return Step(Request(sql, _arguments(step["args"]), int64_as_string), condition)
+    except VerdictError as error:
+        if error.verdict is Verdict.ARGS_INVALID:
+            raise StepFailedError(number, error) from None
+        raise
+
+
+def _import_order(document: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of bulk.ImportOrder."""
+    order = {key: document[key] for key in ("table", "format", "columns", "header", "delimiter", "null")}
+    for key in ("table", "delimiter", *(("null",) if order["null"] is not None else ())):
+        order[key] = _text(document, key)
+    if document["format"] not in ("csv", "json", "ndjson"):
+        _broken("format is none of csv, json, ndjson")
+    if type(document["header"]) is not bool:
+        _broken("header is not a boolean")
+    if len(order["delimiter"]) != 1:
+        _broken("delimiter is not one character")
+    if order["columns"] is not None:
+        if type(order["columns"]) is not list:
+            _broken("columns is neither an array nor null")
+        order["columns"] = [_column(column) for column in order["columns"]]
+    return order
+
+
+def _column(column: Any) -> tuple[str, str | None]:
+    if type(column) is not list or len(column) != 2:
+        _broken("a column is not a name and a type")
+    name, kind = column
+    if not _is_text(name) or not (kind is None or _is_text(kind)):
+        _broken("a column's name or type is not a string of Unicode characters")
+    return name, kind
+
+
+_CONTENTS: dict[str, tuple[frozenset[str], Callable[[dict[str, Any]], Any]]] = {
+    "rows": (frozenset({"sql", "args", "int64"}), _script),
+    "batch": (frozenset({"steps", "int64"}), _steps),
+    "schema": (frozenset(), _nothing),
+    "export": (frozenset(), _nothing),
+    "import": (frozenset({"upload", "table", "format", "columns", "header", "delimiter", "null"}), _import_order),
+    "accept": (frozenset({"upload"}), _nothing),
+    "verify": (frozenset(), _nothing),
+    "salvage": (frozenset(), _nothing),
+    "verify_file": (frozenset({"upload"}), _nothing),
+    "salvage_file": (frozenset({"upload"}), _nothing),
+}
+"""Of each operation: its keys besides `v` and `op`, and what makes its content of them."""
+
+
+def _text(document: dict[str, Any], key: str) -> str:
+    value = document[key]
+    if not _is_text(value):
+        _broken(f"{key} is not a string of Unicode characters")
+    return str(value)
+
+
+def _is_text(value: Any) -> bool:
+    return type(value) is str and is_unicode(value)
+
+
+def _int64_as_string(document: dict[str, Any]) -> bool:
+    if document["int64"] not in ("number", "string"):
+        _broken("int64 is neither number nor string")
+    return bool(document["int64"] == "string")
 
 
 def _parse(text: str) -> Any:
@@ -160,7 +289,7 @@ def _arguments(args: Any) -> Arguments:
     if type(args) is list:
         return [_argument(value) for value in args]
     if type(args) is dict:
-        if not all(map(_is_unicode, args)):
+        if not all(map(is_unicode, args)):
             _unfit("a name holds a lone surrogate")
         return {name: _argument(value) for name, value in args.items()}
     _broken("args is neither array, object nor null")
@@ -179,13 +308,13 @@ def _argument(value: Any) -> Value:
             _unfit('a number is too large for a REAL; Infinity is {"$real": "Infinity"}')
         return float(value)
     if kind is str:
-        if not _is_unicode(value):
+        if not is_unicode(value):
             _unfit("a string holds a lone surrogate; other bytes go in $text")
         return str(value)
     if kind is dict and len(value) == 1:
         ((tag, content),) = value.items()
-        if tag in _TAGS and type(content) is str:
-            return _TAGS[tag](content)
+        if tag in TAGS and type(content) is str:
+            return TAGS[tag](content)
     _unfit("a value is neither null, number, string, true, false nor one of $int, $real, $text, $blob with a string")
 
 
@@ -221,7 +350,7 @@ def _tagged_blob(content: str) -> bytes:
     return data
 
 
-_TAGS: dict[str, Callable[[str], Value]] = {
+TAGS: dict[str, Callable[[str], Value]] = {
     "$int": _tagged_int,
     "$real": _tagged_real,
     "$text": _tagged_text,
@@ -252,7 +381,7 @@ def _unfit(message: str) -> NoReturn:
     raise VerdictError(Verdict.ARGS_INVALID, message) from None
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
     if text.isascii():
         return True
     try:
@@ -324,7 +453,7 @@ def _real_json(value: float) -> str:
 
 
 def _raw_text_json(value: str) -> str:
-    if _is_unicode(value):
+    if is_unicode(value):
         return encode_basestring(value)
     return f'{{"$text":"{_base64(value.encode("utf-8", "surrogateescape"))}"}}'
 
@@ -332,6 +461,9 @@ def _raw_text_json(value: str) -> str:
 def encode_columns(names: Sequence[str]) -> bytes:
     """Names as a JSON array of strings; bytes that are not UTF-8 become U+FFFD."""
     return ("[" + ",".join([encode_basestring(_printable(name)) for name in names]) + "]").encode("utf-8")
+
+
+_OK = b'{"v":%d,"verdict":"ok",' % VERSION
 
 
 def encode_result(columns: bytes | None, rows: Sequence[bytes], rows_affected: int, truncated: bool) -> bytes:
@@ -345,12 +477,60 @@ def encode_result(columns: bytes | None, rows: Sequence[bytes], rows_affected: i
     )
 
 
+def encode_step(columns: bytes | None, rows: Sequence[bytes], rows_affected: int, truncated: bool) -> bytes:
+    """The same of one step of a batch."""
+    return b'{%b,"skipped":false}' % encode_result(columns, rows, rows_affected, truncated)[len(_OK) : -1]
+
+
+SKIPPED_STEP = b'{"columns":null,"rows":[],"rows_affected":0,"truncated":false,"skipped":true}'
+
+
+def encode_batch(results: Sequence[bytes]) -> bytes:
+    """The inside of a `batch` reply."""
+    return b'{"v":%d,"verdict":"batch","results":[%b]}' % (VERSION, b",".join(results))
+
+
+def encode_rows_head(columns: bytes | None) -> bytes:
+    """The inside of the first frame of a `rows` reply."""
+    return b'{"v":%d,"verdict":"rows","columns":%b}' % (VERSION, b"null" if columns is None else columns)
+
+
+def encode_rows_end(rows: int, rows_affected: int, stopped: str | None, message: str | None) -> bytes:
+    """The inside of its last."""
+    return _json({"rows": rows, "rows_affected": rows_affected, "stopped": stopped, "message": message and _message(message)})
+
+
 def encode_failure(verdict: Verdict, message: str = "") -> bytes:
-    """The inside of any reply but `ok`."""
-    reply: dict[str, Any] = {"v": VERSION, "verdict": verdict.value}
-    if verdict not in WITHOUT_MESSAGE:
-        reply["message"] = _printable(message)[:MAX_MESSAGE_CHARACTERS]
-    return json.dumps(reply, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    """The inside of a reply that has nothing but its verdict, and a message where that has one."""
+    return encode_error(VerdictError(verdict, message))
+
+
+def encode_error(failure: VerdictError) -> bytes:
+    """The inside of the reply to a request that failed."""
+    return encode_reply(failure.verdict, _failure(failure))
+
+
+def _failure(failure: VerdictError) -> dict[str, Any]:
+    """What goes with its verdict."""
+    if isinstance(failure, StepFailedError):
+        return {"step": failure.step, "failure": {"verdict": failure.failure.verdict, **_failure(failure.failure)}}
+    if failure.verdict in WITHOUT_MESSAGE:
+        return {}
+    message = {"message": _message(failure.message)}
+    return {"line": failure.line, **message} if isinstance(failure, ImportInvalidError) else message
+
+
+def _message(text: str) -> str:
+    return _printable(text)[:MAX_MESSAGE_CHARACTERS]
+
+
+def encode_reply(verdict: str, content: Mapping[str, Any]) -> bytes:
+    """The inside of any reply that is no row set. In its texts, bytes that are not UTF-8 become U+FFFD."""
+    return _json({"v": VERSION, "verdict": verdict, **content})
+
+
+def _json(document: Mapping[str, Any]) -> bytes:
+    return _printable(json.dumps(document, ensure_ascii=False, separators=(",", ":"))).encode("utf-8")
 
 
 def _printable(text: str) -> str:

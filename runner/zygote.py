@@ -28,9 +28,10 @@ import signal
 import struct
 import sys
 
-from . import child, cloning, confine, syscalls
+from . import child, cloning, confine, shelf, syscalls
 from .answer import Exit, read_build
 from .child import HEADER, Inbox
+from .configuration import PLAIN
 from .confine import DATA, UnconfinedError
 from .database import PATH, prepare
 
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import NoReturn
 
-    from .configuration import Configuration
+    from .configuration import Configuration, Kind
     from .database import Database
 
 ADDRESS = "/slot.sock"
@@ -66,6 +67,7 @@ _MOST_UNTAKEN = 3
 def live(configuration: Configuration) -> NoReturn:
     """Until the launcher closes the control."""
     connect()
+    shelf.fill()
     entropy = cloning.Entropy()
     facts = confine.Facts()
     order = Order(configuration)
@@ -74,8 +76,8 @@ def live(configuration: Configuration) -> NoReturn:
             confine.total(name, step, order)
             facts.steps += (name,)
         inbox = Inbox(_WORK)
-        plan = child.plan(child.Order(configuration, facts, inbox, _TAKEN))
-        clone = Clone(child.child(order.database, inbox, plan, facts, read_build()))
+        waiting = child.plan(child.Order(configuration, PLAIN, facts, inbox, _TAKEN), child.STEPS[:1], {})
+        clone = Clone(child.child(inbox, waiting, _lives(order, inbox, facts), read_build()))
         confine.total("root", _pivot)
     except UnconfinedError as refusal:
         _refuse(str(refusal))
@@ -84,6 +86,18 @@ def live(configuration: Configuration) -> NoReturn:
     gc.freeze()
     cloning.fill_the_heap()
     clone.ever()
+
+
+def _lives(order: Order, inbox: Inbox, facts: confine.Facts) -> dict[int, child.Life]:
+    """By their commands. `facts` become those of a plain one, which a self-test tells."""
+    made: dict[tuple[str, bool], child.Plan] = {}
+
+    def life(kind: Kind) -> child.Life:
+        told = facts if kind is PLAIN else confine.Facts()
+        return child.Life(child.Order(order.configuration, kind, told, inbox, _TAKEN), order.databases[kind.read_only], made)
+
+    lives = {kind: life(kind) for kind in dict.fromkeys((PLAIN, *child.KINDS.values()))}
+    return {command: lives[kind] for command, kind in child.KINDS.items()}
 
 
 def _refuse(reason: str) -> NoReturn:
@@ -117,13 +131,12 @@ def connect() -> None:
 class Order:
     """What the steps are for, and what they make."""
 
-    __slots__ = ("configuration", "database")
-
-    database: Database
-    """Prepared, and without a file: its descriptor is nobody's here, and the tenant's in a child."""
+    __slots__ = ("configuration", "databases")
 
     def __init__(self, configuration: Configuration) -> None:
         self.configuration = configuration
+        self.databases: dict[bool, Database] = {}
+        """By whether they only read. Prepared, without a file: the descriptor is nobody's here, the tenant's in a child."""
 
 
 def _process(order: Order) -> None:
@@ -147,17 +160,18 @@ _SEALED = _MS_NOSUID | _MS_NODEV | _MS_NOEXEC
 
 
 def _database(order: Order) -> None:
-    """Warm up, and prepare the children's connection on an empty file in the tenant's place; then that is gone for good.
+    """Warm up, and prepare the children's connections on an empty file in the tenant's place; then that is gone for good.
 
-    Nothing has been read of it: SQLite meets the tenant's file as it would have met it at the opening.
+    Nothing has been read of it: SQLite meets the tenant's file as it would have met it at the opening. A child uses one of them.
     """
     _mount_tmpfs()
     cloning.warm_up(order.configuration, PATH)
     os.close(os.open(PATH, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-    order.database = prepare(order.configuration)
-    if os.readlink(f"/proc/self/fd/{child.DATABASE}") != PATH:
-        raise UnconfinedError(f"SQLite has not opened its file as descriptor {child.DATABASE}")
-    os.close(child.DATABASE)
+    for read_only in (False, True):
+        order.databases[read_only] = prepare(order.configuration, PATH, read_only)
+        if os.readlink(f"/proc/self/fd/{child.DATABASE}") != PATH:
+            raise UnconfinedError(f"SQLite has not opened its file as descriptor {child.DATABASE}")
+        os.close(child.DATABASE)
     syscalls.invoke("umount2", f"{DATA}\0".encode(), 0)  # which it can't be while anything in it is open
 
 

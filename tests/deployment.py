@@ -257,7 +257,7 @@ async def client_of(deployment: Deployment) -> AsyncIterator[Client]:
 def assert_error(answer: Answer, status: int, code: str, text: str | None = None) -> None:
     """The one envelope that every error has."""
     assert (answer.status, answer.body.get("code")) == (status, code), answer.body
-    assert set(answer.body) <= {"error", "code", "request_id", "hint"}
+    assert set(answer.body) <= {"error", "code", "request_id", "hint", "report", "line", "statement"}
     assert answer.body["request_id"] == answer.headers["X-Request-ID"]
     if text is not None:
         assert answer.body["error"] == text

@@ -128,9 +128,9 @@ class Opened:
         return int(pid)
 
 
-def unsealed(folder: Path) -> int:
+def unsealed(folder: Path, *, read_only: bool = False) -> int:
     """As mounts.detached, but without the seal."""
-    mount = mounts.detached(folder)
+    mount = mounts.detached(folder, read_only=read_only)
     nothing = struct.pack("=QQQQ", 0, MOUNT_ATTR_NOSUID_NODEV_NOEXEC, 0, 0)
     assert ctypes.CDLL(None).syscall(MOUNT_SETATTR, mount, b"", AT_EMPTY_PATH, nothing, ctypes.c_size_t(len(nothing))) == 0
     return mount

@@ -8,6 +8,7 @@ and assert the one error envelope.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import itertools
 import json
 import re
@@ -24,13 +25,26 @@ from typing import Any
 
 import aiohttp
 
-from gateway.protocol import REQUEST_BYTES, Reply, Request, Status, Verb, Verdict
+from gateway.protocol import (
+    BULK,
+    KEEP,
+    NO_TAG,
+    QUIET,
+    READ_ONLY,
+    REQUEST_BYTES,
+    SALVAGE,
+    Reply,
+    Request,
+    Status,
+    Verb,
+    Verdict,
+)
 from gateway.settings import Settings
 from gateway.uuid7 import uuid7
 from gateway.web import errors
 from gateway.web.app import build_app
 from gateway.web.appkeys import TOKENS
-from gateway.web.runner import Channel, Streams
+from gateway.web.channel import Channel, Streams
 from gateway.web.server import Server
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -46,6 +60,36 @@ def ok(columns: list[str] | None = None, rows: list[list[Any]] | None = None, af
     return frame(
         {"v": 1, "verdict": "ok", "columns": columns, "rows": rows or [], "rows_affected": affected, "truncated": truncated}
     )
+
+
+def verdict(name: str, **keys: Any) -> bytes:
+    """A reply of one frame."""
+    return frame({"v": 1, "verdict": name, **keys})
+
+
+def file_reply(content: bytes, **head: Any) -> bytes:
+    """The reply to `export`; `head` says what is not true of the content."""
+    told = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest(), **head}
+    return verdict("file", **told) + content
+
+
+def rows_reply(columns: list[str] | None, *frames: list[list[Any]], affected: int = 0, **end: Any) -> bytes:
+    """The reply to `rows`; `end` says what is not so in its last frame."""
+    told = {"rows": sum(map(len, frames)), "rows_affected": affected, "stopped": None, "message": None, **end}
+    return verdict("rows", columns=columns) + b"".join(frame(json.dumps(rows).encode()) for rows in frames) + frame(told)
+
+
+def report(kind: str = "verify", **keys: Any) -> dict[str, Any]:
+    """A report of a healthy file, but for what `keys` says."""
+    healthy = {"kind": kind, "ok": True, "size": 4096, "sha256": "0" * 64, "page_size": 4096, "pages": 1}
+    return {
+        **healthy,
+        **{"findings": [], "more_findings": False, "tables": [], "unassigned": 0, "objects_lost": []},
+        **keys,
+    }
+
+
+FINDING = {"code": "page", "page": 2, "object": "t", "message": "a cell beyond the page"}
 
 
 async def exchange(ours: socket.socket, sent: bytes, cap: int) -> bytes | None:
@@ -69,7 +113,12 @@ class FakeRun:
         self.launcher = launcher
         self.instance = request.instance
         self.sequence = request.sequence
-        self.quiet = request.quiet
+        self.quiet = bool(request.flags & QUIET)
+        self.read_only = bool(request.flags & READ_ONLY)
+        self.bulk = bool(request.flags & BULK)
+        self.tag = request.other
+        self.upload = b""
+        self._unread = bytearray()
         self._answer = answer
         self.stream = stream
         stream.setblocking(False)
@@ -87,17 +136,26 @@ class FakeRun:
         self._answer(Reply(status, self.sequence, detail=detail))
 
     async def read_request(self) -> dict[str, Any]:
+        """The request frame, and the upload behind it if it has one."""
+        length = await self._receive(4)
+        payload = await self._receive(struct.unpack("!I", length)[0])
+        request = json.loads(payload)
+        self.upload = await self._receive(request.get("upload", 0))
+        self.launcher.requests.append(request)
+        self.launcher.frames.append(length + payload)
+        self.launcher.uploads.append(self.upload)
+        return request
+
+    async def _receive(self, size: int) -> bytes:
         loop = asyncio.get_running_loop()
-        received = b""
-        while len(received) < 4 or len(received) < 4 + struct.unpack("!I", received[:4])[0]:
+        while len(self._unread) < size:
             chunk = await loop.sock_recv(self.stream, 1 << 16)
             if not chunk:
                 raise ConnectionError("the web process hung up")
-            received += chunk
-        request = json.loads(received[4:])
-        self.launcher.requests.append(request)
-        self.launcher.frames.append(received)
-        return request
+            self._unread += chunk
+        received = bytes(self._unread[:size])
+        del self._unread[:size]
+        return received
 
     async def send(self, raw: bytes) -> None:
         await asyncio.get_running_loop().sock_sendall(self.stream, raw)
@@ -156,6 +214,18 @@ def replying(stream: bytes, verdict: Verdict = Verdict.EXITED) -> Script:
     return script
 
 
+def answering(streams: dict[str, bytes]) -> Script:
+    """A runner that answers each operation with its bytes; "" stands for SQL."""
+
+    async def script(run: FakeRun) -> None:
+        run.started()
+        request = await run.read_request()
+        await run.send(streams[request.get("op", "")])
+        run.ended()
+
+    return script
+
+
 class FakeLauncher:
     def __init__(self, path: Path, ttl_seconds: int = 600) -> None:
         self.path = path
@@ -164,6 +234,16 @@ class FakeLauncher:
         self.verbs: list[tuple[Verb, uuid.UUID]] = []
         self.requests: list[dict[str, Any]] = []
         self.frames: list[bytes] = []
+        self.uploads: list[bytes] = []
+        """One for each request, most of them empty."""
+        self.runs: list[FakeRun] = []
+        self.salvaging: set[uuid.UUID] = set()
+        """Instances that are to be salvaged by whoever finds them damaged."""
+        self.replaced: list[tuple[uuid.UUID, uuid.UUID, bool]] = []
+        """By which other, and whether the volume was kept."""
+        self.latest_end = 1 << 40
+        """What no instance can be extended beyond."""
+        self.tags: set[tuple[uuid.UUID, bytes]] = set()
         self.script: Script = replying(ok(["one"], [[1]]))
         self.refusals: dict[Verb, Status] = {}
         self.silent: set[Verb] = set()
@@ -236,8 +316,8 @@ class FakeLauncher:
         else:
             self.verbs.append((request.verb, request.instance))
             self.request_ids.append(request.request_id)
-        if request.verb is Verb.CREATE:
-            self.owners.append(request.owner)
+        if request.verb in (Verb.CREATE, Verb.FORK):
+            self.owners.append(request.other)
 
         def answer(reply: Reply) -> None:
             if connection.fileno() >= 0:
@@ -249,11 +329,12 @@ class FakeLauncher:
             for descriptor in descriptors:
                 socket.socket(fileno=descriptor).close()
             answer(Reply(self.refusals[request.verb], request.sequence, self.earliest_end, detail="operator's detail"))
-        elif request.verb is Verb.RUN and request.instance not in self.instances:
+        elif request.verb is Verb.RUN and (status := self._refusal(request)) is not None:
             socket.socket(fileno=descriptors[0]).close()
-            answer(Reply(Status.UNKNOWN, request.sequence))
+            answer(Reply(status, request.sequence))
         elif request.verb is Verb.RUN:
             run = FakeRun(self, request, answer, socket.socket(fileno=descriptors[0]))
+            self.runs.append(run)
             task = asyncio.get_running_loop().create_task(self._run(run))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -272,23 +353,44 @@ class FakeLauncher:
             self.running -= 1
             run.stream.close()
 
+    def _refusal(self, request: Request) -> Status | None:
+        if request.instance not in self.instances:
+            return Status.UNKNOWN
+        if request.other != NO_TAG:
+            if (request.instance, request.other) in self.tags:
+                return Status.REPEATED
+            self.tags.add((request.instance, request.other))
+        return None
+
     def _answer(self, request: Request) -> Reply:
+        instance, instances = request.instance, self.instances
+        if request.verb in (Verb.FIND, Verb.FORK, Verb.REPLACE, Verb.EXTEND) and instance not in instances:
+            return Reply(Status.UNKNOWN, request.sequence)
+        flags = 0
         match request.verb:
-            case Verb.CREATE:
-                made = uuid7()
-                self.instances[made] = int(time.time()) + self.ttl_seconds
-                return Reply(Status.DONE, request.sequence, self.instances[made], instance=made)
+            case Verb.CREATE | Verb.FORK:
+                salvages = instance in self.salvaging or request.flags & SALVAGE
+                instance = uuid7()
+                instances[instance] = int(time.time()) + self.ttl_seconds
+                if salvages:
+                    self.salvaging.add(instance)
             case Verb.FIND:
-                if request.instance not in self.instances:
+                flags = SALVAGE if instance in self.salvaging else 0
+            case Verb.REPLACE:
+                other = uuid.UUID(bytes=request.other)
+                if instances.pop(other, None) is None:
                     return Reply(Status.UNKNOWN, request.sequence)
-                return Reply(Status.DONE, request.sequence, self.instances[request.instance])
+                self.replaced.append((instance, other, bool(request.flags & KEEP)))
+            case Verb.EXTEND:
+                instances[instance] = max(instances[instance], min(request.number, self.latest_end))
             case Verb.REMOVE:
-                self.instances.pop(request.instance, None)
+                instances.pop(instance, None)
                 return Reply(Status.DONE, request.sequence)
             case Verb.METRICS:
                 return Reply(Status.DONE, request.sequence, detail=self.metrics)
             case _:
                 return Reply(Status.DONE, request.sequence, detail=json.dumps(self.health))
+        return Reply(Status.DONE, request.sequence, instances[instance], instance=instance, flags=flags)
 
 
 class Gateway:
@@ -385,7 +487,7 @@ async def assert_error(response: aiohttp.ClientResponse, code: str) -> dict[str,
     body = await response.json()
     assert body["code"] == code, body
     assert response.status == row.status
-    assert set(body) <= {"error", "code", "request_id", "hint"}
+    assert set(body) <= {"error", "code", "request_id", "hint", "report", "line", "statement"}
     start, _, _ = row.text.partition("…")
     assert body["error"].startswith(start) if "…" in row.text else body["error"] == row.text
     assert re.fullmatch("[0-9a-f]{32}", body["request_id"])

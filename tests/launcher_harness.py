@@ -23,7 +23,7 @@ from typing import Any
 import docker
 
 from gateway.launcher.specification import LABEL_DEPLOYMENT
-from gateway.protocol import MAX_REPLY_BYTES, NO_INSTANCE, NO_REQUEST, NOBODY, Reply, Request, Status, Verb
+from gateway.protocol import MAX_REPLY_BYTES, NO_INSTANCE, NO_REQUEST, NO_TAG, NOBODY, Reply, Request, Status, Verb
 
 REPO = Path(__file__).resolve().parent.parent
 IMAGE = f"mayfly-test-runner:{os.getpid()}"  # two runs of the suite at a time do not take each other's away
@@ -87,6 +87,9 @@ match request["do"]:
         with open("/proc/self/mountinfo") as file:
             mounts = [line.split() for line in file]
         reply({
+            "command": sys.argv[1],
+            "writable": os.access("/data/db.sqlite", os.W_OK),
+            "sealed": os.statvfs("/data").f_flag & 14 == 14,
             "root": next(mount[-1] for mount in mounts if mount[4] == "/"),
             "volumes": [mount[3] for mount in mounts if "instances" in mount[3]],
             "content": sum(os.stat(f"/data/{name}").st_size for name in ("db.sqlite", "db.sqlite-journal")),
@@ -194,9 +197,17 @@ class Client:
             self._replies[reply.sequence].put_nowait(reply)
 
     async def ask(
-        self, verb: Verb, instance: uuid.UUID | None = None, *, owner: bytes = NOBODY, request_id: bytes = NO_REQUEST
+        self,
+        verb: Verb,
+        instance: uuid.UUID | None = None,
+        *,
+        flags: int = 0,
+        other: bytes = NOBODY,
+        number: int = 0,
+        request_id: bytes = NO_REQUEST,
     ) -> Reply:
-        replies = self._send(Request(verb, next(self._sequences), instance or NO_INSTANCE, False, request_id, owner), [])
+        request = Request(verb, next(self._sequences), instance or NO_INSTANCE, flags, request_id, other, number)
+        replies = self._send(request, [])
         async with asyncio.timeout(60):
             return await replies.get()
 
@@ -215,21 +226,21 @@ class Client:
 
     @asynccontextmanager
     async def run(
-        self, instance: uuid.UUID, request_id: bytes = NO_REQUEST
+        self, instance: uuid.UUID, request_id: bytes = NO_REQUEST, *, flags: int = 0, tag: bytes = NO_TAG
     ) -> AsyncIterator[tuple[socket.socket, asyncio.Queue[Reply]]]:
         """Our end of the socket, and the replies as they come."""
         ours, theirs = socket.socketpair()
         with ours:
             ours.setblocking(False)
             with theirs:
-                request = Request(Verb.RUN, next(self._sequences), instance, request_id=request_id)
+                request = Request(Verb.RUN, next(self._sequences), instance, flags, request_id, tag)
                 replies = self._send(request, [theirs.fileno()])
             async with asyncio.timeout(60):
                 yield ours, replies
 
-    async def do(self, instance: uuid.UUID, **request: Any) -> tuple[list[Reply], bytes]:
+    async def do(self, instance: uuid.UUID, *, flags: int = 0, tag: bytes = NO_TAG, **request: Any) -> tuple[list[Reply], bytes]:
         """One whole run: the replies up to the last, and what came back."""
-        async with self.run(instance) as (ours, replies):
+        async with self.run(instance, flags=flags, tag=tag) as (ours, replies):
             # The launcher may close without reading a byte, which is for its replies to explain.
             with suppress(ConnectionError):
                 await asyncio.get_running_loop().sock_sendall(ours, frame(**request))

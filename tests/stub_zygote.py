@@ -8,7 +8,7 @@ control. A caller's order is one line of JSON:
     {"wait": N}        wait for KILL first, then end with status N; null: never end
     {"exit": N}        end the zygote
     {"reply": TEXT}    send this to the caller before
-    {"stat": [NAME]}   send the caller the mount's flags, and which of these are in the volume, before
+    {"stat": [NAME]}   send the caller the mount's flags, which of these are in the volume, and the command, before
 """
 
 import json
@@ -64,7 +64,8 @@ def serve(control, work):
         if "exit" in order:
             os._exit(order["exit"])
         if "stat" in order:
-            order["reply"] = json.dumps([os.fstatvfs(mount).f_flag, [name for name in order["stat"] if is_in(mount, name)]])
+            found = [name for name in order["stat"] if is_in(mount, name)]
+            order["reply"] = json.dumps([os.fstatvfs(mount).f_flag, found, command])
         os.close(mount)
         if "reply" in order:
             caller.sendall(order["reply"].encode())

@@ -8,8 +8,9 @@ import pytest
 
 REPO = Path(__file__).resolve().parent.parent
 FORBIDDEN = {
-    "gateway/web": {"docker", "apsw", "sqlite3", "runner", "gateway.launcher"},
-    "gateway/launcher": {"aiohttp", "apsw", "sqlite3", "runner", "gateway.web"},
+    "gateway/web": {"docker", "apsw", "sqlite3", "runner", "gateway.launcher", "gateway.command"},
+    "gateway/launcher": {"aiohttp", "apsw", "sqlite3", "runner", "gateway.web", "gateway.command"},
+    "gateway/command": {"aiohttp", "apsw", "sqlite3", "runner"},
     "runner": {"gateway", "docker", "aiohttp", "sqlite3"},
 }
 
@@ -41,6 +42,13 @@ def test_a_room_imports_nothing_that_is_not_its_business(room):
             assert not bad, f"{path.relative_to(REPO)} imports {module}"
 
 
+def test_the_command_takes_of_the_gateway_how_it_reads_a_runners_reply_alone():
+    for path in modules_under("gateway/command"):
+        for module in imported_modules(path):
+            taken = module.removeprefix("gateway.web.").split(".")[0] if module.startswith("gateway.web.") else "runner"
+            assert taken in ("runner", "errors"), f"{path.relative_to(REPO)} imports {module}"
+
+
 def test_the_runner_needs_the_standard_library_and_apsw_alone():
     allowed = sys.stdlib_module_names | {"apsw", "runner"}
     for path in modules_under("runner"):
@@ -61,7 +69,7 @@ def test_every_package_of_the_tree_is_installed():
 
     patterns = tomllib.loads((REPO / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]["include"]
     assert patterns == ["gateway*", "runner"]
-    for room in ("gateway", "gateway/web", "gateway/launcher", "gateway/launcher/engines", "runner"):
+    for room in ("gateway", "gateway/web", "gateway/launcher", "gateway/launcher/engines", "gateway/command", "runner"):
         assert (REPO / room / "__init__.py").exists(), room
 
 
@@ -73,4 +81,4 @@ def test_M4_foreign_functions_are_called_for_the_sandbox_alone():
         if any(module.split(".")[0] in ("ctypes", "cffi") for module in imported_modules(path))
     }
     in_the_runner = {f"runner/{name}.py" for name in ("child", "cloning", "landlock", "seccomp", "syscalls", "zygote")}
-    assert users == {"gateway/launcher/mounts.py", *in_the_runner}
+    assert users == {"gateway/launcher/mounts.py", "gateway/launcher/replacement.py", *in_the_runner}

@@ -130,6 +130,15 @@ def test_processor_time_and_memory_are_known_of_each_part(run):
         assert set(memory["not_counted"]) == {"dockerd_bytes", "containerd_bytes", "shims_bytes"}
 
 
+def test_regexp_is_timed_beside_everything_else_that_looks_for_a_text(run):
+    searches = run[0]["regexp"]
+    assert {name for search in searches for name in search["us"]} == {"REGEXP", "re", "LIKE", "GLOB"}
+    for search in searches:
+        assert all(took > 0 for took in search["us"].values()), search
+        assert search["ratios"].keys() == {f"{name} / REGEXP" for name in search["us"].keys() - {"REGEXP"}}
+        assert search["pattern"] in run[1]
+
+
 def test_a_result_says_what_it_was_measured_on(run):
     result = run[0]
     machine = result["machine"]

@@ -216,7 +216,7 @@ def test_runs_are_written_by_a_sweep_and_at_the_end_and_never_bring_an_instance_
 
 
 async def make(client: Client, count: int, owner: bytes) -> Counter[Status]:
-    replies = await asyncio.gather(*(client.ask(Verb.CREATE, owner=owner) for _ in range(count)))
+    replies = await asyncio.gather(*(client.ask(Verb.CREATE, other=owner) for _ in range(count)))
     return Counter(reply.status for reply in replies)
 
 
@@ -233,7 +233,7 @@ async def test_fifty_creates_at_once_never_pass_a_cap_and_kill_9_keeps_it(state,
         assert await make(client, 50, ONE) == {Status.DONE: 8, Status.OWNER_FULL: 42}
         assert await make(client, 50, OTHER) == {Status.DONE: 4, Status.HOST_FULL: 46}
         assert (await client.health())["instances"] == 12
-        full = await client.ask(Verb.CREATE, owner=ONE)
+        full = await client.ask(Verb.CREATE, other=ONE)
         made = (state / "instances").glob("*/instance.json")
         assert f'"expires_at": {full.expires_at}' in "".join(path.read_text() for path in made)
         launcher.kill()
@@ -318,10 +318,10 @@ async def test_an_instance_whose_create_is_cancelled_is_given_to_nobody_else(tmp
     with nursery(tmp_path, 1) as (made, leases, warmth, reaper, (instance,)):
         go_on, begun = threading.Event(), threading.Event()
 
-        def claim(instance: uuid.UUID, owner: bytes) -> Record:
+        def claim(instance: uuid.UUID, owner: bytes, *, salvage: bool) -> Record:
             begun.set()
             go_on.wait()
-            return Registry.claim(made, instance, owner)
+            return Registry.claim(made, instance, owner, salvage=salvage)
 
         made.claim = claim  # type: ignore[method-assign]
         if not claimed:

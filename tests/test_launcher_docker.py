@@ -1,16 +1,20 @@
 """Runs through the launcher as a process, against real Docker: how they end, and that nothing is left of them."""
 
 import asyncio
+import json
 import os
+import socket
+import struct
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from gateway.launcher.__main__ import read_seccomp_profile
 from gateway.launcher.specification import container_specification
-from gateway.protocol import Status, Verb, Verdict
+from gateway.protocol import BULK, READ_ONLY, Status, Verb, Verdict
 from gateway.settings import Settings
 
 from .launcher_harness import (
@@ -70,10 +74,11 @@ async def test_a_run_that_goes_wrong_is_named_and_leaves_nothing(state, request_
 
 
 async def test_a_flood_ends_one_byte_past_the_cap(state):
-    async with launched(state, max_result_bytes=65536) as (_, client):
+    small = {"max_result_bytes": 65536, "max_stream_bytes": 65536, "instance_bytes": 1 << 20}
+    async with launched(state, **small) as (_, client):
         replies, output = await client.do(await client.create(), do="flood")
         assert ended(replies) is Verdict.SIGNALLED
-        assert len(output) == 2 * 65536 + (64 << 10) + 4 + 1
+        assert len(output) == 4 + 2 * 65536 + (64 << 10) + (1 << 20) + 1
 
 
 async def test_the_largest_allowed_reply_comes_whole(state):
@@ -82,6 +87,54 @@ async def test_the_largest_allowed_reply_comes_whole(state):
         replies, output = await client.do(await client.create(), do="large", bytes=size)
         assert ended(replies) is Verdict.EXITED
         assert len(unframe(output)["x"]) == size
+
+
+KINDS = {0: "serve", READ_ONLY: "serve-read", BULK: "serve-bulk", READ_ONLY | BULK: "serve-bulk-read"}
+
+
+@pytest.mark.parametrize("flags", KINDS)
+async def test_a_run_is_of_the_kind_that_was_asked_for_and_writes_only_if_it_may(state, flags):
+    async with launched(state) as (launcher, client):
+        instance = await client.create()
+        replies, output = await client.do(instance, flags=flags, do="who")
+        found = unframe(output)
+        assert ended(replies) is Verdict.EXITED
+        assert (found["command"], found["writable"], found["sealed"]) == (KINDS[flags], not flags & READ_ONLY, True)
+        replies, output = await client.do(instance, flags=flags, do="append", text="x")
+        assert bool(output) is not flags & READ_ONLY
+        assert (state / "instances" / str(instance) / "volume" / "db.sqlite").read_text() == ("" if flags & READ_ONLY else "x")
+        assert containers_of(launcher.deployment) == []
+
+
+async def test_what_a_run_that_only_reads_may_not_write_is_what_docker_lists_and_the_volume(state):
+    async with launched(state, deadline_seconds=50) as (launcher, client):
+        instance, listed = await client.create(), []
+        for flags in (0, READ_ONLY):
+            async with client.run(instance, flags=flags) as (ours, replies):
+                await asyncio.get_running_loop().sock_sendall(ours, frame(do="hang"))
+                assert (await replies.get()).status is Status.STARTED
+                (container,) = containers_of(launcher.deployment)
+                listed.append(inspect(container["Id"])["HostConfig"]["ReadonlyPaths"])
+                ours.close()
+                assert (await replies.get()).status is Status.ENDED
+        assert listed[1] == [*listed[0], "/data"]
+
+
+async def test_a_bulk_run_has_its_own_deadline_and_room_for_an_upload(state):
+    async with launched(state, deadline_seconds=50, bulk_deadline_seconds=1, instance_bytes=2 << 20) as (_, client):
+        instance = await client.create()
+        replies, _ = await client.do(instance, flags=BULK, do="hang")
+        assert ended(replies) is Verdict.DEADLINE
+        for flags, size in ((BULK, (2 << 20) + (2 << 20) - 100), (BULK, 5 << 20), (0, (2 << 20) + 100)):
+            async with client.run(instance, flags=flags) as (ours, replies):
+                body = json.dumps({"do": "echo", "upload": "x" * (size - 30)}).encode()
+                with suppress(ConnectionError):
+                    await asyncio.get_running_loop().sock_sendall(ours, struct.pack("!I", len(body)) + body)
+                    ours.shutdown(socket.SHUT_WR)
+                output = b""
+                with suppress(ConnectionError):
+                    output = await read_all(ours)
+                assert bool(output) is (flags == BULK and size < 4 << 20), (flags, size)
 
 
 async def test_a_container_that_replies_and_lingers_is_killed_once_its_caller_has_gone(state):

@@ -106,6 +106,23 @@ def test_a_prepared_instance_is_nobodys_until_it_is_claimed_and_its_life_begins_
     assert sorted(path.name for path in (tmp_path / str(instance)).iterdir()) == ["instance.json", "volume"]
 
 
+@pytest.mark.parametrize("salvage", [False, True])
+def test_how_an_instance_was_asked_for_is_kept_over_a_restart_and_over_every_change_of_its_record(tmp_path, clock, salvage):
+    registry = Registry(tmp_path, ttl_seconds=600, min_free_bytes=0, max_life_seconds=3600, clock=clock)
+    made, claimed = uuid7(), uuid7()
+    registry.create(made, salvage=salvage)
+    registry.prepare(claimed)
+    registry.claim(claimed, salvage=salvage)
+    for instance in (made, claimed):
+        registry.extend(instance, 1_000_900)
+        registry.ran(instance)
+    registry.close()
+    again = Registry(tmp_path, ttl_seconds=600, min_free_bytes=0, clock=clock)
+    found = [again.find(instance) for instance in (made, claimed)]
+    assert [(record.salvage, record.expires_at, record.queries) for record in found] == [(salvage, 1_000_900, 1)] * 2
+    again.close()
+
+
 def test_a_prepared_instance_that_nobody_claimed_is_gone_after_a_restart_and_removed_like_any_other(registry, tmp_path, clock):
     kept, claimed, unclaimed = uuid7(), uuid7(), uuid7()
     registry.create(kept)

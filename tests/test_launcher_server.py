@@ -15,15 +15,21 @@ import pytest
 
 from gateway.launcher.server import Server
 from gateway.protocol import (
+    BULK,
+    KEEP,
     MAX_REPLY_BYTES,
     NO_INSTANCE,
     NOBODY,
+    QUIET,
+    READ_ONLY,
     REQUEST_BYTES,
+    SALVAGE,
     MalformedPacketError,
     Reply,
     Request,
     Status,
     Verb,
+    Verdict,
 )
 
 from .launcher_harness import Client, containers_of, eventually, frame, inspect, launched, unframe, uuid7
@@ -67,7 +73,9 @@ def fuzzed(random_, instances):
     verb = random_.choice(list(Verb))
     named = verb not in (Verb.CREATE, Verb.HEALTH, Verb.METRICS) or random_.random() < 0.1
     instance, request_id = random_.choice(instances) if named else NO_INSTANCE, random_.randbytes(16)
-    packet = Request(verb, random_.getrandbits(64), instance, request_id=request_id, owner=random_.randbytes(16)).pack()
+    other = {Verb.REPLACE: random_.choice(instances).bytes, Verb.CREATE: random_.randbytes(16), Verb.RUN: random_.randbytes(16)}
+    number = random_.getrandbits(64) if verb is Verb.EXTEND else 0
+    packet = Request(verb, random_.getrandbits(64), instance, 0, request_id, other.get(verb, NOBODY), number).pack()
     match random_.randrange(6):
         case 0:
             packet = random_.randbytes(random_.randrange(1, 200))
@@ -100,7 +108,7 @@ async def test_M5_ten_thousand_fuzzed_packets_leave_the_launcher_as_it_was(state
             else:
                 accepted += 1
                 if packet[1] == Verb.CREATE:  # every create makes two files; a few are enough
-                    packet = packet[:1] + bytes([Verb.FIND]) + packet[2:12] + instances[0].bytes + packet[28:]
+                    packet = Request(Verb.FIND, 1, instances[0]).pack()
             try:
                 socket.send_fds(sock, [packet], random_.choices(offered, k=count))
                 answered = len(sock.recv(65536)) > 0
@@ -192,41 +200,81 @@ async def test_who_knows_when_the_instance_ends_need_not_be_told_that_its_run_ha
         ours, theirs = socket.socketpair()
         with ours, connect(launcher.socket) as sock:
             with theirs:
-                socket.send_fds(sock, [Request(Verb.RUN, 1, instance, quiet=True).pack()], [theirs.fileno()])
+                socket.send_fds(sock, [Request(Verb.RUN, 1, instance, QUIET).pack()], [theirs.fileno()])
             ours.sendall(frame(do="echo"))
             assert Reply.unpack(sock.recv(MAX_REPLY_BYTES)).status is Status.ENDED
 
 
-@pytest.mark.parametrize(("verb", "flags"), [(Verb.FIND, 1), (Verb.CREATE, 1), (Verb.RUN, 2), (Verb.RUN, 3), (Verb.RUN, 256)])
-def test_a_flag_that_the_verb_has_not_is_malformed(verb, flags):
-    packet = Request(verb, 1, NO_INSTANCE if verb is Verb.CREATE else uuid7()).pack()
-    assert Request.unpack(packet).verb is verb
-    with pytest.raises(MalformedPacketError):
-        Request.unpack(packet[:2] + flags.to_bytes(2, "big") + packet[4:])
+NAMELESS = (Verb.CREATE, Verb.HEALTH, Verb.METRICS)
+FLAGS = {Verb.CREATE: SALVAGE, Verb.RUN: QUIET | READ_ONLY | BULK, Verb.REPLACE: KEEP}
+
+
+def request_of(verb, **more):
+    """One with all that the verb has."""
+    other = {Verb.CREATE: os.urandom(16), Verb.FORK: os.urandom(16), Verb.RUN: os.urandom(16), Verb.REPLACE: uuid7().bytes}
+    whole = {
+        "instance": NO_INSTANCE if verb in NAMELESS else uuid7(),
+        "flags": FLAGS.get(verb, 0),
+        "request_id": os.urandom(16),
+        "other": other.get(verb, NOBODY),
+        "number": 1 << 63 if verb is Verb.EXTEND else 0,
+    }
+    return Request(verb, 7, **whole | more)
 
 
 @pytest.mark.parametrize("verb", list(Verb))
 def test_a_packet_comes_out_as_it_went_in(verb):
-    named = NO_INSTANCE if verb in (Verb.CREATE, Verb.HEALTH, Verb.METRICS) else uuid7()
-    owner = os.urandom(16) if verb is Verb.CREATE else NOBODY
-    request = Request(verb, 7, named, verb is Verb.RUN, os.urandom(16), owner)
-    assert len(request.pack()) == REQUEST_BYTES == 44
+    request = request_of(verb)
+    assert len(request.pack()) == REQUEST_BYTES == 68
     assert Request.unpack(request.pack()) == request
 
 
+@pytest.mark.parametrize("verb", list(Verb))
+def test_what_the_verb_has_not_is_malformed(verb):
+    malformed = [{"flags": 1 << bit} for bit in range(16) if not FLAGS.get(verb, 0) >> bit & 1]
+    malformed.append({"instance": uuid7() if verb in NAMELESS else NO_INSTANCE})
+    if verb not in NAMELESS:
+        malformed.append({"instance": uuid.uuid4()})
+    if verb is not Verb.EXTEND:
+        malformed.append({"number": 1})
+    if verb is Verb.REPLACE:
+        malformed += [{"other": NOBODY}, {"other": uuid.uuid4().bytes}]
+    elif verb not in (Verb.CREATE, Verb.FORK, Verb.RUN):
+        malformed.append({"other": b"x" * 16})
+    for more in malformed:
+        with pytest.raises(MalformedPacketError):
+            Request.unpack(request_of(verb, **more).pack())
+
+
 def test_the_bytes_of_a_request_are_those_of_the_page():
-    instance, request_id, owner = uuid7(), os.urandom(16), os.urandom(16)
-    run = Request(Verb.RUN, 258, instance, quiet=True, request_id=request_id)
-    assert run.pack() == b"\x02\x02\0\x01" + b"\0\0\0\0\0\0\x01\x02" + instance.bytes + request_id
-    create = Request(Verb.CREATE, 1, request_id=request_id, owner=owner)
-    assert create.pack() == b"\x02\x01\0\0" + b"\0\0\0\0\0\0\0\x01" + owner + request_id
+    instance, request_id, other = uuid7(), os.urandom(16), os.urandom(16)
+    run = Request(Verb.RUN, 258, instance, QUIET | BULK, request_id, other)
+    assert run.pack() == b"\x03\x02\0\x05" + b"\0\0\0\0\0\0\x01\x02" + instance.bytes + request_id + other + bytes(8)
+    create = Request(Verb.CREATE, 1, flags=SALVAGE, request_id=request_id, other=other)
+    assert create.pack() == b"\x03\x01\0\x08" + b"\0\0\0\0\0\0\0\x01" + bytes(16) + request_id + other + bytes(8)
+    extend = Request(Verb.EXTEND, 1, instance, number=258)
+    assert extend.pack() == b"\x03\x09\0\0" + b"\0\0\0\0\0\0\0\x01" + instance.bytes + bytes(32) + b"\0\0\0\0\0\0\x01\x02"
+
+
+@pytest.mark.parametrize("status", list(Status))
+def test_a_reply_comes_out_as_it_went_in_and_has_a_flag_only_if_it_is_done(status):
+    reply = Reply(status, 7, 1 << 40, Verdict.LOST, "why", uuid7())
+    assert Reply.unpack(reply.pack()) == reply
+    flagged = reply._replace(flags=SALVAGE).pack()
+    if status is Status.DONE:
+        assert Reply.unpack(flagged).flags == SALVAGE
+    else:
+        with pytest.raises(MalformedPacketError):
+            Reply.unpack(flagged)
+    with pytest.raises(MalformedPacketError):
+        Reply.unpack(reply._replace(flags=QUIET).pack())
 
 
 async def test_every_line_about_a_request_names_it(state):
     request_id = os.urandom(16)
     async with launched(state, log_level="DEBUG", instances_per_address=1) as (launcher, client):
-        made = await client.ask(Verb.CREATE, owner=request_id, request_id=request_id)
-        assert (await client.ask(Verb.CREATE, owner=request_id, request_id=request_id)).status is Status.OWNER_FULL
+        made = await client.ask(Verb.CREATE, other=request_id, request_id=request_id)
+        assert (await client.ask(Verb.CREATE, other=request_id, request_id=request_id)).status is Status.OWNER_FULL
         async with client.run(made.instance, request_id) as (ours, replies):
             await asyncio.get_running_loop().sock_sendall(ours, frame(do="echo"))
             while (await replies.get()).status is not Status.ENDED:

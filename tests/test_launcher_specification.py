@@ -9,7 +9,7 @@ import pytest
 
 from gateway.launcher.__main__ import SLOT_SECCOMP_PROFILE, read_seccomp_profile
 from gateway.launcher.errors import RefusedError
-from gateway.launcher.specification import APPARMOR_PROFILE, container_specification, slot_specification
+from gateway.launcher.specification import APPARMOR_PROFILE, READONLY_PATHS, container_specification, slot_specification
 from gateway.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -83,6 +83,18 @@ def test_a_slots_seccomp_profile_is_the_runners_and_what_a_zygote_needs():
 
 def test_the_self_test_differs_from_a_run_in_its_command_alone():
     assert specification(command="selftest") == specification() | {"Cmd": ["selftest"]}
+
+
+@pytest.mark.parametrize("command", ["serve-read", "serve-bulk-read"])
+def test_a_run_that_only_reads_differs_in_its_command_and_in_its_volume_being_read_only(command):
+    plain, reads = specification(), specification(command=command)
+    assert "ReadonlyPaths" not in plain["HostConfig"], "the control: Docker's own list"
+    host = plain["HostConfig"] | {"ReadonlyPaths": [*READONLY_PATHS, "/data"]}
+    assert reads == plain | {"Cmd": [command], "HostConfig": host}
+
+
+def test_a_bulk_run_differs_in_its_command_alone():
+    assert specification(command="serve-bulk") == specification() | {"Cmd": ["serve-bulk"]}
 
 
 def test_a_runtime_is_named_only_when_one_is_set():

@@ -25,7 +25,7 @@ from gateway.launcher.engines.zygote import ZygoteEngine
 from gateway.launcher.errors import ContainerRefusedError, EngineDownError, RefusedError
 from gateway.launcher.mounts import detached
 from gateway.launcher.registry import Registry
-from gateway.launcher.specification import LABEL_ROLE, LABEL_SLOT, RUNNER_UID, slot_specification
+from gateway.launcher.specification import LABEL_ROLE, LABEL_SLOT, RUNNER_UID, Command, slot_specification
 from gateway.protocol import Status, Verdict
 from gateway.settings import Settings
 
@@ -133,7 +133,7 @@ class Deployed:
         registry.create(self.instance)
 
     @contextmanager
-    def run(self, **order: object) -> Iterator[tuple[socket.socket, asyncio.Task[Verdict]]]:
+    def run(self, command: Command = "serve", **order: object) -> Iterator[tuple[socket.socket, asyncio.Task[Verdict]]]:
         """Our end of a run's socket, its order sent, and what will be its verdict."""
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
@@ -141,11 +141,11 @@ class Deployed:
         with ours:
             ours.send(json.dumps(order).encode() + b"\n")
             volume = self.registry.volume(self.instance)
-            running = asyncio.create_task(self.engine.run(self.instance, volume, theirs, lambda: None))
+            running = asyncio.create_task(self.engine.run(self.instance, volume, theirs, lambda: None, command))
             yield ours, running
 
-    async def do(self, **order: object) -> tuple[Verdict, bytes]:
-        with self.run(**order) as (ours, running):
+    async def do(self, command: Command = "serve", **order: object) -> tuple[Verdict, bytes]:
+        with self.run(command, **order) as (ours, running):
             output = b""
             with suppress(ConnectionError):
                 output = await read_all(ours)
@@ -179,10 +179,35 @@ async def deployed(state: Path, containers: Containers | None = None, **settings
 async def test_a_run_gets_its_socket_and_a_sealed_mount_of_its_volume(state):
     async with deployed(state) as it:
         verdict, output = await it.do(stat=["db.sqlite", "db.sqlite-journal", "volume", "instance.json"])
-        flags, names = json.loads(output)
+        flags, names, command = json.loads(output)
         assert verdict is Verdict.EXITED
-        assert names == ["db.sqlite", "db.sqlite-journal"]
+        assert (names, command) == (["db.sqlite", "db.sqlite-journal"], 0)
         assert flags & SEAL == SEAL
+        assert not flags & os.ST_RDONLY
+
+
+@pytest.mark.parametrize(("command", "byte"), [("serve-read", 2), ("serve-bulk", 4), ("serve-bulk-read", 6)])
+async def test_a_run_of_another_kind_is_told_so_and_one_that_only_reads_has_a_mount_that_nobody_can_write_to(state, command, byte):
+    async with deployed(state) as it:
+        verdict, output = await it.do(command, stat=["db.sqlite"])
+        flags, names, told = json.loads(output)
+        assert (verdict, names, told) == (Verdict.EXITED, ["db.sqlite"], byte)
+        assert flags & SEAL == SEAL
+        assert bool(flags & os.ST_RDONLY) is command.endswith("-read")
+
+
+async def test_a_bulk_run_has_its_own_deadline(state):
+    async with deployed(state, deadline_seconds=0.05, grace_seconds=0.05) as it:
+        assert (await it.do(wait=signal.SIGKILL))[0] is Verdict.DEADLINE, "the control"
+        with it.run("serve-bulk", wait=signal.SIGKILL, reply="runs") as (ours, running):
+            assert await asyncio.get_running_loop().sock_recv(ours, 64) == b"runs"
+            (slot,) = it.engine._slots.alive
+            assert slot.run.kill_at - asyncio.get_running_loop().time() > 5
+            ours.close()
+            assert await running is Verdict.CANCELLED
+    async with deployed(state, bulk_deadline_seconds=0.05, grace_seconds=0.05) as it:
+        for command in ("serve-bulk", "serve-bulk-read"):
+            assert (await it.do(command, wait=signal.SIGKILL))[0] is Verdict.DEADLINE
 
 
 async def test_started_is_called_once_and_before_the_end(state):
@@ -586,6 +611,13 @@ def test_a_detached_mount_is_sealed_private_and_of_one_folder(state):
     try:
         assert os.statvfs(folder).f_flag & SEAL != SEAL
         assert os.fstatvfs(mount).f_flag & SEAL == SEAL
+    finally:
+        os.close(mount)
+    mount = detached(folder, read_only=True)
+    try:
+        assert os.fstatvfs(mount).f_flag & (SEAL | os.ST_RDONLY) == SEAL | os.ST_RDONLY
+        with pytest.raises(OSError, match="Read-only file system"):
+            os.open("file", os.O_WRONLY | os.O_CREAT, dir_fd=mount)
     finally:
         os.close(mount)
     (state / "link").symlink_to(state)

@@ -28,8 +28,8 @@ from gateway.web.__main__ import addresses
 from gateway.web.appkeys import ACCESS_LOG, CREATE_RATE, TRAFFIC
 from gateway.web.breaker import Reason
 from gateway.web.errors import leaves
-from gateway.web.handlers import PATHS
 from gateway.web.metrics import Metrics
+from gateway.web.routes import PATHS
 from gateway.web.scrape import scraped
 from gateway.web.traffic import METHODS, OTHER
 
@@ -156,7 +156,7 @@ async def test_requests_are_counted_by_route_method_status_and_code(tmp_path):
         {"route": "/livez", "method": "GET", "status": "200", "code": ""},
         {"route": "other", "method": "GET", "status": "404", "code": "not_found"},
         {"route": "/sql", "method": "GET", "status": "405", "code": "method_not_allowed"},
-        {"route": "other", "method": "other", "status": "404", "code": "not_found"},
+        {"route": "other", "method": "DELETE", "status": "404", "code": "not_found"},
         {"route": "other", "method": "other", "status": "400", "code": "bad_request"},
     ):
         assert of(found, "mayfly_requests_total", **expected) == 1, expected

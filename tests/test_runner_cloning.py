@@ -15,7 +15,7 @@ import json, os, sys
 from pathlib import Path
 import apsw
 from runner import cloning
-from runner.execute import run_request
+from runner.execute import run_prepared
 from runner.wire import Request
 from tests.runner_database import CONFIGURATION, TenantDatabase
 tenant = TenantDatabase(Path(sys.argv[1]))
@@ -110,13 +110,13 @@ import runner.cloning
 seen = set()
 def run(request, *rest):
     try:
-        reply = run_request(request, *rest)
+        reply = run_prepared(request, *rest)
     except Exception as error:
         seen.add(type(error).__name__)
         raise
     seen.add(json.loads(reply)["verdict"])
     return reply
-runner.cloning.run_request = run
+runner.cloning.run_prepared = run
 folder = Path(sys.argv[1], "warm")
 folder.mkdir()
 before = sorted(os.listdir("/proc/self/fd"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
@@ -31,6 +32,7 @@ def page() -> str:
     ]
     profile, slot = (json.loads((REPO / "infra" / name).read_text())["syscalls"] for name in ("seccomp.json", "seccomp-slot.json"))
     of_a_slot = [group for group in slot if group["action"] == "SCMP_ACT_ALLOW" and group not in profile]
+    bounds = bounds_of_a_pattern()
     return f"""# The runner's tables
 
 What SQL and native code can do in a runner, from the tables that the code itself reads; `tests/test_security_tables.py` keeps
@@ -66,6 +68,26 @@ this page equal.
 
 {table(("`sqlite3_limit`", "default"), *((f"`{name}`", f"{value:,}") for name, value in limits))}
 
+## Regular expressions
+
+`x REGEXP p`, `regexp(p, x)` and `regexpi(p, x)`, which takes A–Z for a–z, are SQLite's own `ext/misc/regexp.c`, compiled into every
+connection. It runs an automaton over the text, all of whose states move on together, and never goes back. `infra/patches` has what
+was changed.
+
+| bound | value | by what |
+| --- | --- | --- |
+| pattern | {bounds["RE_MAX_PATTERN"]:,} bytes | `RE_MAX_PATTERN`, also of how deep the compiler calls itself |
+| automaton | {bounds["RE_MAX_NFA"]:,} states | `RE_MAX_NFA`, after each `X{{p,q}}` has been written out |
+| work for a character | one step a state | a state is in a set once; whether it is there is one look |
+| text | {dict(limits)["LENGTH"]:,} bytes | `LENGTH` |
+| clock | every {
+        bounds["RE_CLOCK_WORK"]:,} steps | `RE_CLOCK_WORK`: a function is one opcode, within which SQLite itself doesn't look |
+| compiled patterns | one for each REGEXP of a statement, 5 kB | SQLite keeps it as auxiliary data, unless it changes with the row |
+
+The costliest pattern on the longest text takes 0.7 s of processor time on the development machine (`./infra/bench regexp`). The
+function is deterministic and innocuous: indexes, checks and generated columns may use it with `TRUSTED_SCHEMA` 0. The authorizer is
+asked for it by name.
+
 ## System calls
 
 After confinement, {
@@ -93,6 +115,13 @@ It is cloned with every capability over namespaces of its own, and with none ove
 between that and the request: {names(name for name, _ in child.STEPS)}. Before it, once, its zygote has taken these:
 {names(name for name, _ in zygote.STEPS)}.
 """
+
+
+def bounds_of_a_pattern() -> dict[str, int]:
+    """What the patch of SQLite's regexp.c defines, by the names that it has there."""
+    (patch,) = (REPO / "infra" / "patches").glob("*-regular-expressions-*.patch")
+    defined = re.findall(r"^\+#define (RE_\w+) +\(?(\d+)(?:<<(\d+))?\)?$", patch.read_text(), re.MULTILINE)
+    return {name: int(value) << int(shift or 0) for name, value, shift in defined}
 
 
 def actions(codes: Iterable[int]) -> Iterable[str]:

@@ -47,6 +47,14 @@ def test_a_wrong_setting_is_refused_by_name(name, value, words):
     assert name in str(caught.value)
 
 
+@pytest.mark.parametrize("life", ["MAYFLY_TTL_SECONDS", "MAYFLY_MAX_LIFE_SECONDS"])
+def test_no_instance_may_outlive_its_token(life):
+    at_most = {"MAYFLY_KEY_ROTATION_SECONDS": "7200", "MAYFLY_TTL_SECONDS": "7200", "MAYFLY_MAX_LIFE_SECONDS": "7200"}
+    assert Settings.from_environment(at_most).max_life_seconds == 7200
+    with pytest.raises(SettingsError, match=f"MAYFLY_KEY_ROTATION_SECONDS=7200 is below {life}=7201"):
+        Settings.from_environment(at_most | {life: "7201"})
+
+
 def test_an_address_may_have_half_of_what_it_may_make_unless_the_settings_say_otherwise():
     assert Settings().most_instances_per_address == 50
     assert Settings(rate_creates_per_minute=0).most_instances_per_address == 0

@@ -19,8 +19,10 @@ from types import MappingProxyType
 import pytest
 
 from gateway.settings import Settings
+from gateway.uuid7 import uuid7
 from gateway.web import openapi
-from gateway.web.appkeys import ACCESS_LOG
+from gateway.web.appkeys import ACCESS_LOG, TOKENS
+from gateway.web.routes import ROUTES
 
 from .conftest import eventually
 from .deployment import REPO, free_address
@@ -214,14 +216,17 @@ async def until_up(front: Front) -> None:
 
 def test_the_numbers_of_the_front_are_those_of_mayflys_settings() -> None:
     text, settings = CONFIGURATION.read_text(), Settings()
-    assert f"content-length) gt {settings.max_body_bytes}\n" in text
+    assert f"too_large req.hdr_val(content-length) gt {settings.max_body_bytes}\n" in text
     assert settings.max_body_bytes < 10**7  # no number of eight digits
+    assert f"too_large_a_file req.hdr_val(content-length) gt {settings.instance_bytes}\n" in text
+    assert settings.instance_bytes < 10**8  # nor one of nine
+    [files] = re.findall(r"acl files path (.*)", text)
+    assert set(files.split()) == {route.path for route in ROUTES if route.max_body_bytes(settings) == settings.instance_bytes}
     [most, other] = re.findall(r"sc0_conn_cur gt (\d+) ", text)
     assert int(most) == int(other) <= settings.connections_per_address
     [server] = re.findall(r"timeout server (\d+)s", text)
-    assert int(server) > (
-        settings.queue_timeout_seconds + settings.start_timeout_seconds + settings.deadline_seconds + settings.grace_seconds
-    )
+    run = settings.start_timeout_seconds + settings.bulk_deadline_seconds + settings.grace_seconds
+    assert int(server) > 2 * settings.queue_timeout_seconds + 3 * run
     [served] = re.findall(r"acl served path (.*)", text)
     assert set(served.split()) == set(json.loads(openapi.DOCUMENT)["paths"])
 
@@ -303,13 +308,38 @@ async def test_port_80_serves_certificates_and_sends_readers_to_tls_and_takes_no
     assert not echo.requests
 
 
-async def test_a_body_that_is_declared_too_large_is_refused_before_it_is_sent(front: Front, echo: Echo) -> None:
-    most = Settings().max_body_bytes
-    [answer] = await front(post(b"Content-Length: %d" % (most + 1), b"Connection: close", body=b""))
+@pytest.mark.parametrize(
+    ("path", "most"),
+    [
+        (b"/sql", Settings().max_body_bytes),
+        (b"/batch", Settings().max_body_bytes),
+        (b"/import?table=t", Settings().instance_bytes),
+        (b"/db", Settings().instance_bytes),
+    ],
+)
+async def test_a_body_that_is_declared_too_large_is_refused_before_it_is_sent(
+    front: Front, echo: Echo, path: bytes, most: int
+) -> None:
+    def put(size: int, body: bytes) -> bytes:
+        return b"PUT " + path + b" HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n" % size + CLOSE + body
+
+    [answer] = await front(put(most + 1, b""))
     assert (answer.status, json.loads(answer.body)["code"]) == (413, "body_too_large")
     assert not echo.requests
-    [answer] = await front(post(b"Content-Length: %d" % most, b"Connection: close", body=b"x" * most))
+    [answer] = await front(put(most, b"x" * most))
     assert (answer.status, len(echo.requests[0].body)) == (200, most)
+
+
+async def test_mayflys_own_403_stays_one(certificate: Path, tmp_path: Path) -> None:
+    async with gateway(tmp_path) as web:
+        with front_of(f"127.0.0.1:{web.port}", certificate) as front:
+            await until_up(front)
+            instance = uuid7()
+            web.launcher.instances[instance] = 1 << 40
+            token = web.app[TOKENS].issue(instance, "read-only").reveal()
+            done = await front.curl("/session", "-X", "DELETE", "-H", f"X-Walkin-Session: {token}")
+            assert " 403" in done.stdout.splitlines()[0], done.stdout
+            assert '"code":"read_only"' in done.stdout
 
 
 async def test_a_body_that_is_not_declared_is_cut_by_mayfly(certificate: Path, tmp_path: Path) -> None:

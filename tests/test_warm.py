@@ -9,7 +9,7 @@ import uuid
 from datetime import datetime
 
 from gateway.launcher.specification import LABEL_INSTANCE
-from gateway.protocol import Status, Verb, Verdict
+from gateway.protocol import READ_ONLY, Status, Verb, Verdict
 
 from .conftest import eventually as until_seen
 from .deployment import client_of, deployed
@@ -184,6 +184,33 @@ async def test_a_container_that_dies_with_its_request_is_not_replaced(state):
         assert content.read_text() == "once"
 
 
+async def test_a_run_that_is_not_plain_gets_no_container_that_was_made_for_a_plain_one_and_another_one_waits_after_it(state):
+    async with launched(state, nursery=0, successors=1) as (launcher, client):
+        instance = await client.create()
+        await ask(client, instance, do="append", text="x")
+        await warm(client, successors=1)
+        (waiting,) = of_instance(launcher, instance)
+        replies, output = await client.do(instance, flags=READ_ONLY, do="who")
+        assert replies[-1].verdict is Verdict.EXITED
+        who = unframe(output)
+        assert (who["command"], who["writable"], who["content"]) == ("serve-read", False, 1)
+        await warm(client, successors=1)
+        (successor,) = of_instance(launcher, instance)
+        assert successor != waiting
+        assert await ask(client, instance, do="append", text="y") == {"content": "xy"}
+
+
+async def test_a_volume_that_takes_anothers_place_is_mounted_in_no_container_that_waits(state):
+    async with launched(state, nursery=0, successors=2) as (_, client):
+        instance, other = await client.create(), await client.create()
+        await ask(client, instance, do="append", text="old")
+        await ask(client, other, do="append", text="new")
+        await warm(client, successors=2)
+        assert (await client.ask(Verb.REPLACE, instance, other=other.bytes)).status is Status.DONE
+        assert await ask(client, instance, do="append", text="er") == {"content": "newer"}
+        assert (await client.do(other, do="echo"))[0][-1].status is Status.UNKNOWN
+
+
 async def test_removing_an_instance_takes_its_warm_container_first(state):
     async with launched(state, nursery=0, successors=1) as (launcher, client):
         instance = await client.create()
@@ -315,8 +342,11 @@ async def test_callers_over_http_find_warm_containers_and_an_idle_deployment_hol
         def idle(successors):
             return lambda: len(mayfly.containers()) == 2 + successors
 
-        until_seen(idle(0))
         async with client_of(mayfly) as client:
+            async with asyncio.timeout(60):
+                while (await counts(client)) != (2, 0):  # a container is there before it waits
+                    await asyncio.sleep(0.1)
+            assert idle(0)()
             callers = [client.another() for _ in range(2)]
             for number, caller in enumerate(callers):
                 assert (await caller.sql("CREATE TABLE t(x); INSERT INTO t VALUES (?)", [number])).status == 200

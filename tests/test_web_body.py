@@ -1,16 +1,32 @@
-"""The body of POST /sql: what is read, what is refused and in which words. Never anything but an ApiError."""
+"""Bodies: what is read, what is refused and in which words. Never anything but an ApiError."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
+from types import SimpleNamespace
+from typing import Any
 
+import msgspec
 import pytest
+from aiohttp import streams
+from aiohttp.test_utils import make_mocked_request
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.web.body import parse
-from gateway.web.errors import ApiError, BodyTooLargeError, InvalidArgsError, InvalidJsonError, MissingSqlError
+from gateway.web.body import JSON_TYPES, Bodies, Step, check_headers, decoded, mebibytes_begun, parse
+from gateway.web.errors import (
+    ApiError,
+    BodyTooLargeError,
+    InvalidArgsError,
+    InvalidJsonError,
+    MissingSqlError,
+    OverloadedError,
+    RequestTimeoutError,
+    UnsupportedMediaTypeError,
+)
+from gateway.web.room import Loan, Room
 from gateway.web.runner import request_frame
 
 from .fake_launcher import GOLDEN
@@ -183,3 +199,137 @@ def test_more_arguments_than_any_script_takes_are_refused():
     with pytest.raises(InvalidArgsError):
         parse(b'{"sql": "SELECT 1", "args": [' + b",".join([b"7"] * 10_001) + b"]}")
     parse(b'{"sql": "SELECT 1", "args": [' + b",".join([b"7"] * 10_000) + b"]}")
+
+
+# ── headers, size and time
+
+MIB = 1 << 20
+TABLES = ("", "text/csv", "application/json")
+
+
+@pytest.mark.parametrize(
+    ("headers", "types", "found"),
+    [
+        ({}, JSON_TYPES, ""),
+        ({"Content-Type": "application/json"}, JSON_TYPES, "application/json"),
+        ({"Content-Type": 'Application/JSON ; charset="UTF-8"'}, JSON_TYPES, "application/json"),
+        ({"Content-Type": "application/json", "Content-Encoding": "identity"}, JSON_TYPES, "application/json"),
+        ({"Content-Type": "text/csv;charset=utf-8"}, TABLES, "text/csv"),
+        ({"Content-Type": "application/vnd.sqlite3"}, ("application/vnd.sqlite3",), "application/vnd.sqlite3"),
+        ({}, ("text/csv",), None),
+        ({"Content-Type": "text/csv"}, JSON_TYPES, None),
+        ({"Content-Type": ""}, JSON_TYPES, None),
+        ({"Content-Type": "application/json; charset=latin-1"}, JSON_TYPES, None),
+        ({"Content-Type": "application/json; profile=x"}, JSON_TYPES, None),
+        ({"Content-Type": "application/json, text/csv"}, TABLES, None),
+        ({"Content-Type": "application/json", "Content-Encoding": "gzip"}, JSON_TYPES, None),
+        ({"Content-Encoding": "br"}, TABLES, None),
+    ],
+)
+def test_a_body_is_what_its_route_takes_or_is_refused_by_its_headers(headers, types, found):
+    request = make_mocked_request("POST", "/", headers=headers)
+    if found is None:
+        with pytest.raises(UnsupportedMediaTypeError) as refused:
+            check_headers(request, 10, types)
+        assert refused.value.hint
+    else:
+        assert check_headers(request, 10, types) == found
+
+
+def test_a_declared_length_beyond_the_limit_is_refused_by_the_header_and_one_up_to_it_is_not():
+    check_headers(make_mocked_request("POST", "/", headers={"Content-Length": "10"}), 10)
+    with pytest.raises(BodyTooLargeError):
+        check_headers(make_mocked_request("POST", "/", headers={"Content-Length": "11"}), 10)
+
+
+@pytest.mark.parametrize(("size", "begun"), [(0, 1), (1, 1), (MIB, 1), (MIB + 1, 2), (10 * MIB, 10)])
+def test_a_mebibyte_counts_as_soon_as_it_is_begun(size, begun):
+    assert mebibytes_begun(size) == begun
+
+
+class Upload:
+    """A body that arrives as the test likes, and where its loan is."""
+
+    def __init__(self, declared: int | None = None, room: Room | None = None) -> None:
+        self.content = streams.StreamReader(_Unpaused(), limit=1 << 30, loop=asyncio.get_running_loop())  # type: ignore[arg-type]
+        self.loan = Loan(room or Room(), "192.0.2.1")
+        self.request: Any = SimpleNamespace(content=self.content, content_length=declared)
+
+    def read(self, seconds: float, max_bytes: int = 10 * MIB) -> asyncio.Task[bytes]:
+        return asyncio.ensure_future(Bodies(seconds).read(self.request, self.loan, max_bytes))
+
+
+class _Unpaused:
+    connected = True
+    _reading_paused = False
+
+    def pause_reading(self) -> None:
+        pass
+
+    def resume_reading(self, resume_parser: bool = True) -> None:
+        pass
+
+
+async def test_a_body_is_held_by_its_loan_byte_for_byte_whether_it_came_with_its_head_or_later():
+    for late in (False, True):
+        upload = Upload()
+        if late:
+            reading = upload.read(60.0)
+            await asyncio.sleep(0)
+        upload.content.feed_data(b"abc")
+        upload.content.feed_data(b"def")
+        upload.content.feed_eof()
+        assert await (reading if late else upload.read(60.0)) == b"abcdef"
+        assert upload.loan.size == 6
+
+
+async def test_a_body_beyond_its_limit_or_its_room_is_refused_while_it_arrives():
+    for room, max_bytes, error in ((Room(), 5, BodyTooLargeError), (Room(9), 10, OverloadedError)):
+        upload = Upload(room=room)
+        reading = upload.read(60.0, max_bytes)
+        upload.content.feed_data(b"abc")
+        await asyncio.sleep(0)
+        upload.content.feed_data(b"def")
+        with pytest.raises(error):
+            await reading
+
+
+@pytest.mark.parametrize(
+    ("declared", "received", "mebibytes"),
+    [(None, 0, 1), (100, 10, 1), (3 * MIB, 10, 3), (None, 2 * MIB, 2), (1 << 60, 10, 10), (MIB, MIB - 1, 1)],
+)
+async def test_a_body_has_its_time_for_each_mebibyte_declared_or_come(declared, received, mebibytes):
+    loop, seconds = asyncio.get_running_loop(), 0.05
+    upload = Upload(declared)
+    upload.content.feed_data(bytes(received))
+    began = loop.time()
+    with pytest.raises(RequestTimeoutError):
+        await upload.read(seconds)
+    assert loop.time() - began >= seconds * mebibytes - 0.01
+
+
+async def test_a_trickle_gets_no_more_time_than_one_piece():
+    upload = Upload(100)
+    reading = upload.read(0.2)
+    while not reading.done():
+        upload.content.feed_data(b"x" if upload.content.total_bytes < 50 else b"")
+        await asyncio.sleep(0.02)
+    with pytest.raises(RequestTimeoutError):
+        await reading
+
+
+# ── what other bodies of JSON share
+
+
+def test_other_bodies_of_json_are_refused_in_the_same_words():
+    decoder = msgspec.json.Decoder(list[int])
+    assert decoded(b"[1,2]", decoder, "a list") == [1, 2]
+    for raw, hint in ((b"[1", "truncated"), (b'["\xff"]', "UTF-8"), (b"{}", "the body is a list"), (b"[" * 500_000, "")):
+        with pytest.raises(InvalidJsonError) as refused:
+            decoded(raw, decoder, "a list")
+        assert hint in str(refused.value.hint)
+
+
+def test_a_step_is_written_with_its_condition_as_if():
+    assert json.loads(msgspec.json.encode(Step("SELECT 1", [1], "changed"))) == {"sql": "SELECT 1", "args": [1], "if": "changed"}
+    assert json.loads(msgspec.json.encode(Step("SELECT 1", None)))["if"] is None

@@ -15,15 +15,16 @@ from gateway.protocol import Verdict
 from gateway.settings import Settings
 from gateway.uuid7 import uuid7
 from gateway.web import door as door_module
-from gateway.web.appkeys import BODIES, DRAIN, TOKENS
-from gateway.web.body import Bodies
-from gateway.web.connection import MAX_PIPELINED
+from gateway.web.appkeys import ANSWERS, DRAIN, ROOM, RUNS, TOKENS
+from gateway.web.connection import MAX_CHUNKING_BYTES, MAX_PIPELINED
 from gateway.web.door import MAX_UNREAD_BYTES
+from gateway.web.room import ANSWERS_BYTES, ROOM_BYTES, Room
 from gateway.web.turnstile import PIECES_PER_TOKEN, Acquaintances, Turnstile
 
-from .fake_launcher import FakeRun, frame, gateway, ok, replying, replying_after, until
+from .fake_launcher import FakeRun, answering, frame, gateway, ok, replying, replying_after, rows_reply, until
 
 LIVEZ = b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"
+LINES = b"Accept: application/x-ndjson\r\n"
 SELECT = b"POST /sql HTTP/1.1\r\nHost: x\r\nContent-Length: 18\r\n%b\r\n" + b'{"sql":"SELECT 1"}'
 
 
@@ -343,6 +344,62 @@ async def test_an_answer_that_is_not_read_is_given_up(tmp_path, callers):
         await until(lambda: door(web).connections == 1)
 
 
+STREAMED = [[["x" * 1000]] * 100] * 40  # 4 MB
+
+
+async def test_D4_a_streamed_answer_that_is_not_read_costs_no_slot_no_more_memory_than_its_loan_and_ends(tmp_path, callers):
+    async with gateway(tmp_path, answer_seconds=0.2, slots=1) as web:
+        web.launcher.script = answering({"rows": rows_reply(["a"], *STREAMED), "": ok()})
+        door(web).sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        deaf, quick = await callers(web, receive_bytes=4096), await callers(web)
+        deaf.writer.transport.pause_reading()
+        deaf.send(SELECT % LINES)
+        await until(lambda: door(web)._unread)
+        await until(lambda: web.app[RUNS].leases.held == 0)
+        assert await quick.status(SELECT % b"") == 200
+        [connection] = door(web)._unread
+        assert connection.unsent_bytes < 1 << 20
+        await until(lambda: door(web).connections == 1)
+        assert door(web).evicted["answer"] == 1
+        await until(lambda: web.app[ANSWERS].free == ANSWERS_BYTES)
+
+
+async def test_who_reads_a_little_of_a_streamed_answer_now_and_then_gets_no_more_time_for_each_mebibyte(tmp_path, callers):
+    async with gateway(tmp_path, answer_seconds=0.3) as web:
+        web.launcher.script = answering({"rows": rows_reply(["a"], *STREAMED)})
+        door(web).sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        slow = await callers(web, receive_bytes=4096)
+        slow.send(SELECT % LINES)
+        received = 0
+        with suppress(ConnectionError):
+            while chunk := await slow.reader.read(1 << 14):
+                received += len(chunk)
+                await asyncio.sleep(0.02)
+        assert received < 4_000_000
+        assert door(web).evicted["answer"] == 1
+        door(web).sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+        quick = await callers(web)
+        quick.send(SELECT % (LINES + b"Connection: close\r\n"))
+        assert b'"complete":true' in await quick.rest()
+
+
+async def test_a_large_answer_has_its_time_for_each_mebibyte_that_was_begun(tmp_path, callers, monkeypatch):
+    async with gateway(tmp_path, answer_seconds=100.0) as web:
+        web.launcher.script = answering({"rows": rows_reply(["a"], *STREAMED), "": ok(["a"], [["x" * 1000]] * 1900)})
+        door(web).sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        for more, least, most in ((b"", 101, 200), (LINES, 50, 100)):
+            deaf = await callers(web, receive_bytes=4096)
+            deaf.writer.transport.pause_reading()
+            deaf.send(SELECT % more)
+            await until(lambda: door(web)._unread)
+            [connection] = door(web)._unread
+            assert least < connection._answer_seconds_left <= most
+            connection._unread_for_long()  # too early: it goes on
+            assert door(web).evicted["answer"] == 0
+            connection.reset()
+            await until(lambda: not door(web)._unread)
+
+
 async def test_answers_that_are_not_read_take_bounded_memory(tmp_path, callers, monkeypatch):
     assert MAX_UNREAD_BYTES < 1 << 30
     monkeypatch.setattr(door_module, "MAX_UNREAD_BYTES", 3_000_000)
@@ -577,26 +634,79 @@ async def test_a_body_of_chunks_that_hold_nearly_nothing_is_a_400(tmp_path, call
             assert (await caller.rest()).split()[1] == status
 
 
+async def test_a_large_body_is_allowed_more_chunking_and_one_of_nothing_but_chunking_is_not(tmp_path, callers):
+    async with gateway(tmp_path, max_body_bytes=4 << 20) as web:
+        size = 40
+        body = b'{"sql":"SELECT 1"}'.ljust(1_600_000)
+        assert len(body) // size * 6 > 3 * MAX_CHUNKING_BYTES
+        whole = await callers(web)
+        whole.send(b"POST /sql HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+        # The first MiB in chunks that add less than what is allowed for it, the rest in small ones.
+        chunks = [body[at : at + 10_000] for at in range(0, 1_200_000, 10_000)]
+        chunks += [body[at : at + size] for at in range(1_200_000, 1_600_000, size)]
+        whole.send(b"".join(b"%x\r\n%b\r\n" % (len(chunk), chunk) for chunk in chunks) + b"0\r\n\r\n")
+        assert (await whole.rest()).split()[1] == b"200"
+
+
+@pytest.mark.parametrize("size", [100, 20_000, 40_000, 1_000_000])
+async def test_a_connection_goes_on_behind_a_body_of_any_size(tmp_path, callers, size):
+    async with gateway(tmp_path) as web:
+        caller = await callers(web)
+        body = b'{"sql":"SELECT 1"}'.ljust(size)
+        head = b"POST /sql HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % size
+        for _ in range(3):
+            assert await caller.status(head + body) == 200
+        caller.send(head)
+        await until(lambda: any(each._body is not None for each in door(web)._open))
+        assert await caller.status(body) == 200
+        caller.send(LIVEZ[:20])
+        assert await caller.status(LIVEZ[20:]) == 200
+
+
+async def test_what_waits_for_a_slot_counts_until_it_has_run(tmp_path, callers):
+    async with gateway(tmp_path, slots=1) as web:
+        web.app._state[ROOM] = room = Room(100_000)
+        finish = asyncio.Event()
+        web.launcher.script = replying_after(finish)
+        body = b'{"sql":"SELECT 1 /*%b*/"}' % (b"x" * 15_000)
+        request = b"POST /sql HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+        waiting = []
+        for number in range(3):
+            waiting.append(await callers(web))
+            waiting[-1].send(request)
+            await until(lambda number=number: room.held("127.0.0.1") > (number + 1) * 15_000)
+        refused = await callers(web)
+        refused.send(request)
+        assert b'"code":"overloaded"' in await refused.rest()
+        other = await callers(web, "127.0.0.2")
+        other.send(request)
+        await until(lambda: room.held("127.0.0.2") > 15_000)
+        finish.set()
+        for caller in (*waiting, other):
+            assert (await caller.rest()).split()[1] == b"200"
+        await until(lambda: room.free == 100_000)
+
+
 async def test_bodies_of_an_address_take_no_more_of_the_room_than_they_leave_free(tmp_path, callers):
     async with gateway(tmp_path, body_seconds=60.0) as web:
-        web.app._state[BODIES] = Bodies(1 << 20, 60.0, room_bytes=1000)
+        assert web.app[ROOM].free == ROOM_BYTES
+        web.app._state[ROOM] = room = Room(1000)
         head = b"POST /sql HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 2000\r\n\r\n"
-        bodies = web.app[BODIES]
         holding = await callers(web)
         holding.send(head + b" " * 400)
-        await until(lambda: bodies._held["127.0.0.1"] == 400)
+        await until(lambda: room.held("127.0.0.1") == 400)
         for address, size, status in (("127.0.0.1", 101, b"503"), ("127.0.0.2", 301, b"503"), ("127.0.0.2", 300, b"200")):
             caller = await callers(web, address)
             caller.send(head + b" " * size)
             if status == b"200":
-                await until(lambda: bodies._held["127.0.0.2"] == 300)
+                await until(lambda: room.held("127.0.0.2") == 300)
                 caller.writer.transport.abort()
             else:
                 answer = await caller.rest()
                 assert answer.split()[1] == status
                 assert b'"code":"overloaded"' in answer
         holding.writer.transport.abort()
-        await until(lambda: not bodies._held and bodies._room == 1000)
+        await until(lambda: room.free == 1000)
 
 
 # ── leaving ──────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -12,7 +12,7 @@ import pytest
 
 from gateway.protocol import Reply, Status, Verb, Verdict
 from gateway.uuid7 import uuid7
-from gateway.web.appkeys import ACCESS_LOG, DRAIN, RUNS, TOKENS
+from gateway.web.appkeys import ACCESS_LOG, DRAIN, ROOM, RUNS, TOKENS
 from gateway.web.middleware import COMMON_HEADERS
 
 from .fake_launcher import GOLDEN, FakeRun, assert_error, ending_after, frame, gateway, ok, replying, replying_after, until
@@ -578,6 +578,20 @@ async def test_no_more_containers_run_at_once_than_there_are_slots(tmp_path):
         assert len(web.launcher.instances) == 20
 
 
+async def test_a_request_that_waits_holds_room_for_its_frame_and_no_longer_for_its_body(tmp_path):
+    async with gateway(tmp_path, slots=1, deadline_seconds=60.0) as web:
+        token, finish = await web.token(), asyncio.Event()
+        web.launcher.script = replying_after(finish)
+        requests = [
+            asyncio.ensure_future(web.post(b'{"sql":"SELECT 1"}'.ljust(500_000), {"X-Walkin-Session": token})) for _ in range(3)
+        ]
+        await until(lambda: web.app[RUNS].leases.waiting == 2)
+        assert 0 < web.app[ROOM].held("127.0.0.1") < 1000
+        finish.set()
+        assert {(await request).status for request in requests} == {200}
+        assert web.app[ROOM].held("127.0.0.1") == 0
+
+
 async def test_a_full_queue_is_a_503_with_a_time_to_retry(tmp_path):
     async with gateway(tmp_path, slots=1, queue_length=0) as web:
         finish = asyncio.Event()
@@ -816,6 +830,11 @@ async def test_cors_is_open_to_every_origin_without_credentials(web):
         "RateLimit-Reset",
         "Retry-After",
         "X-Request-ID",
+        "ETag",
+        "Accept-Ranges",
+        "Content-Range",
+        "Content-Disposition",
+        "Idempotent-Replayed",
     }
 
 
@@ -855,7 +874,7 @@ async def test_what_is_not_http_gets_the_envelope_and_is_not_quoted_in_the_log(w
 
 
 async def test_a_defect_of_ours_is_a_500_that_tells_only_its_id(web, caplog, monkeypatch):
-    async def broken(*_: object) -> int:
+    async def broken(*_: object, **__: object) -> int:
         raise KeyError("canary of the inside")
 
     monkeypatch.setattr("gateway.web.launcher.Launcher.create", broken)

@@ -10,17 +10,19 @@ import time
 
 import pytest
 
-from gateway.protocol import NO_REQUEST, Reply, Status, Verb, Verdict
+from gateway.protocol import BULK, NO_REQUEST, NO_TAG, READ_ONLY, Reply, Status, Verb, Verdict
 from gateway.uuid7 import uuid7
 from gateway.web.errors import (
     ApiError,
+    ExtendDisabledError,
     HostFullError,
     InstanceNotFoundError,
     LauncherUnavailableError,
+    OverloadedError,
     QueryQuotaError,
     TooManyInstancesError,
 )
-from gateway.web.launcher import Launcher
+from gateway.web.launcher import Found, Launcher, RepeatedError
 
 from .fake_launcher import FakeLauncher, FakeRun, until
 
@@ -88,6 +90,72 @@ async def test_a_cap_of_the_launchers_is_told_as_it_is_and_when_there_is_room_ag
     assert refused.value.hint == "start a new instance"
 
 
+async def test_what_an_instance_is_made_with_is_found_and_forked(launcher, peer):
+    plain, _ = await launcher.create(OWNER, REQUEST)
+    salvaging, end = await launcher.create(OWNER, REQUEST, salvage=True)
+    assert await launcher.look(salvaging, REQUEST) == Found(end, True)
+    assert await launcher.look(plain, REQUEST) == Found(end, False)
+    assert await launcher.look(uuid7(), REQUEST) is None
+    copy, copys_end = await launcher.fork(salvaging, b"another's  tag..", REQUEST)
+    assert copy not in (plain, salvaging)
+    assert await launcher.look(copy, REQUEST) == Found(copys_end, True)
+    assert peer.owners == [OWNER, OWNER, b"another's  tag.."]
+
+
+@pytest.mark.parametrize("keep", [False, True])
+async def test_an_instance_gets_anothers_volume_and_the_other_is_no_more(launcher, peer, keep):
+    (instance, _), (other, _) = [await launcher.create(OWNER, REQUEST) for _ in range(2)]
+    await launcher.replace(instance, other, REQUEST, keep=keep)
+    assert peer.replaced == [(instance, other, keep)]
+    assert await launcher.look(other) is None
+    with pytest.raises(InstanceNotFoundError):
+        await launcher.replace(instance, other, REQUEST)
+
+
+async def test_a_life_is_extended_as_far_as_the_launcher_likes(launcher, peer):
+    instance, end = await launcher.create(OWNER, REQUEST)
+    peer.latest_end = end + 100
+    assert [await launcher.extend(instance, end + more, REQUEST) for more in (50, -50, 500)] == [end + 50, end + 50, end + 100]
+    peer.refusals[Verb.EXTEND] = Status.OFF
+    with pytest.raises(ExtendDisabledError):
+        await launcher.extend(instance, end, REQUEST)
+
+
+async def test_an_instance_that_is_gone_is_not_found_by_any_verb_but_the_one_that_looks_and_the_one_that_removes(launcher):
+    for work in (
+        launcher.fork(uuid7(), OWNER, REQUEST),
+        launcher.replace(uuid7(), uuid7(), REQUEST),
+        launcher.extend(uuid7(), 5, REQUEST),
+    ):
+        with pytest.raises(InstanceNotFoundError):
+            await work
+    assert await launcher.find(uuid7()) is None
+    await launcher.remove(uuid7())
+
+
+async def test_a_lease_that_is_not_free_in_time_is_an_overload(launcher, peer):
+    instance, _ = await launcher.create(OWNER, REQUEST)
+    for verb, work in ((Verb.FORK, launcher.fork(instance, OWNER, REQUEST)), (Verb.REMOVE, launcher.remove(instance, REQUEST))):
+        peer.refusals[verb] = Status.BUSY
+        with pytest.raises(OverloadedError):
+            await work
+
+
+async def test_a_run_is_told_by_its_flags_and_its_tag_and_one_that_was_begun_before_is_repeated(launcher, peer):
+    instance, _ = await launcher.create(OWNER, REQUEST)
+    for flags, tag, ended in ((0, NO_TAG, Verdict), (READ_ONLY, b"a" * 16, Verdict), (BULK, b"a" * 16, RepeatedError)):
+        ours, theirs = socket.socketpair()
+        over = asyncio.get_running_loop().create_future()
+        with ours:
+            launcher.run(instance, theirs, None, over.set_result, REQUEST, flags, tag)
+            ours.sendall(b"\0\0\0\2{}")
+            assert isinstance(await over, ended)
+    assert [(run.quiet, run.read_only, run.bulk, run.tag) for run in peer.runs] == [
+        (True, False, False, NO_TAG),
+        (True, True, False, b"a" * 16),
+    ]
+
+
 async def test_without_a_descriptor_left_the_launcher_is_unavailable_and_later_it_is_not(launcher):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     lowest_free = os.dup(0)
@@ -106,10 +174,12 @@ async def test_metrics_are_the_launchers_own_words(launcher, peer):
     assert await launcher.metrics() == "mayfly_up 1\n"
 
 
-async def test_an_instance_that_is_made_after_its_caller_left_is_removed(launcher, peer):
-    peer.silent = {Verb.CREATE}
-    waiting = asyncio.ensure_future(launcher.create(OWNER, REQUEST))
-    await until(lambda: peer.count(Verb.CREATE) == 1)
+@pytest.mark.parametrize("verb", [Verb.CREATE, Verb.FORK])
+async def test_an_instance_that_is_made_after_its_caller_left_is_removed(launcher, peer, verb):
+    peer.silent = {verb}
+    making = launcher.create(OWNER, REQUEST) if verb is Verb.CREATE else launcher.fork(uuid7(), OWNER, REQUEST)
+    waiting = asyncio.ensure_future(making)
+    await until(lambda: peer.count(verb) == 1)
     waiting.cancel()
     await asyncio.gather(waiting, return_exceptions=True)
     unwanted = uuid7()

@@ -3,22 +3,41 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
 import struct
 import time
+from collections.abc import Iterator
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.protocol import Verdict
+from gateway.protocol import BULK, READ_ONLY, Verdict
 from gateway.web import errors
+from gateway.web.body import Statement, Step
 from gateway.web.errors import ReplyInvalidError
-from gateway.web.runner import Ok, decode_reply
-from gateway.web.verdicts import error_without_reply, rows_or_raise
+from gateway.web.runner import (
+    Failing,
+    Ok,
+    Order,
+    accept_order,
+    batch_order,
+    decode_reply,
+    export_order,
+    import_order,
+    read_reply,
+    request_frame,
+    rows_order,
+    salvage_order,
+    schema_order,
+    verify_order,
+)
+from gateway.web.verdicts import error_of, error_without_reply, rows_or_raise
 
-from .fake_launcher import GOLDEN, exchange, frame
+from .fake_launcher import FINDING, GOLDEN, exchange, frame, report
 
 CAP = 1 << 20
 GOOD = sorted(
@@ -137,6 +156,234 @@ def test_the_largest_reply_is_checked_within_a_fraction_of_a_second():
     began = time.perf_counter()
     assert isinstance(decode_reply(raw, "number"), Ok)
     assert time.perf_counter() - began < 0.5
+
+
+# ── operations
+
+STEPS = [
+    Step("UPDATE t SET a = ? WHERE a = ?", [2, {"$int": "9007199254740993"}]),
+    Step("INSERT INTO t VALUES (1)", None, "unchanged"),
+    Step("SELECT a FROM t WHERE a = :a", {"a": 1}, "changed"),
+    Step("DELETE FROM t", None, "rows"),
+    Step("SELECT 1", None, "no_rows"),
+]
+UPLOAD = (GOLDEN / "op-frame-request-import.bin").read_bytes()[-17:]
+PEOPLE = {"table": "people", "format": "csv", "columns": [("name", "TEXT"), ("age", None)], "header": True, "delimiter": ","}
+PLAIN = {"table": "t", "format": "ndjson", "columns": None, "header": False, "delimiter": "\t"}
+ORDERS = {
+    "accept": accept_order(bytes(8192)),
+    "batch": batch_order(STEPS, "number", CAP),
+    "export": export_order(),
+    "import": import_order(UPLOAD, **PEOPLE, null="", cap=CAP),
+    "import-plain": import_order(b"", **PLAIN, null=None, cap=CAP),
+    "rows": rows_order(Statement("SELECT a FROM t WHERE a > :least", {"least": 1}, "string"), CAP),
+    "salvage": salvage_order(),
+    "schema": schema_order(),
+    "verify": verify_order(),
+}
+
+
+@pytest.mark.parametrize("path", sorted(GOLDEN.glob("op-request-*.json")), ids=lambda path: path.stem)
+def test_every_golden_operation_is_written_by_its_order_and_no_other_is(path):
+    name = path.stem.removeprefix("op-request-")
+    if name.startswith("invalid"):
+        assert repr(json.loads(path.read_bytes())) not in [repr(json.loads(order.frame[4:])) for order in ORDERS.values()]
+        return
+    order = ORDERS[name]
+    assert int.from_bytes(order.frame[:4], "big") == len(order.frame) - 4
+    assert repr(json.loads(order.frame[4:])) == repr(json.loads(path.read_bytes()))
+
+
+def test_a_golden_upload_stands_right_behind_its_frame():
+    stream = (GOLDEN / "op-frame-request-import.bin").read_bytes()
+    order = ORDERS["import"]
+    frame, behind = stream[4 : -len(UPLOAD)], stream[4 + int.from_bytes(stream[:4], "big") :]
+    assert json.loads(frame) == json.loads(order.frame[4:])
+    assert behind == order.upload
+
+
+def test_every_operation_runs_as_the_page_says():
+    flags = {name: order.flags for name, order in ORDERS.items()}
+    assert flags == {
+        **dict.fromkeys(("accept", "import", "import-plain", "salvage"), BULK),
+        "verify": BULK | READ_ONLY,
+        **dict.fromkeys(("export", "schema"), READ_ONLY),
+        **dict.fromkeys(("batch", "rows"), 0),
+    }
+    assert [order.flags for order in (schema_order(read_only=False), export_order(read_only=False))] == [0, 0]
+    assert batch_order(STEPS, "number", CAP, read_only=True).flags == READ_ONLY
+
+
+def test_what_grows_past_the_frame_is_refused_in_every_order_that_takes_a_callers_words():
+    statement = Statement("SELECT ?", [1e15] * 100, "number")
+    for make in (
+        lambda: request_frame(statement, 1000),
+        lambda: rows_order(statement, 1000),
+        lambda: batch_order([Step(statement.sql, statement.args)], "number", 1000),
+        lambda: import_order(b"", **{**PLAIN, "table": "t" * 1000}, null=None, cap=1000),
+    ):
+        with pytest.raises(errors.BodyTooLargeError):
+            make()
+
+
+# Which operation each golden reply is to, and what error it stands for.
+REPLIES = {
+    "op-reply-accepted": ("accept", None),
+    "op-reply-batch": ("batch", None),
+    "op-reply-file-refused": ("accept", errors.FileRefusedError),
+    "op-reply-import-invalid": ("import", errors.ImportInvalidError),
+    "op-reply-import-invalid-no-line": ("import", errors.ImportInvalidError),
+    "op-reply-imported": ("import", None),
+    "op-reply-report-salvage": ("salvage", None),
+    "op-reply-report-verify": ("verify", None),
+    "op-reply-schema": ("schema", None),
+    "op-reply-step-failed": ("batch", errors.InvalidSqlError),
+    "op-reply-step-failed-timeout": ("batch", errors.QueryTimeoutError),
+    "op-reply-unsettled": ("schema", errors.InternalError),
+}
+FOUR_STEPS = batch_order(STEPS[:4], "number", CAP)
+
+
+def order_for(op: str) -> Order:
+    return FOUR_STEPS if op == "batch" else ORDERS[op]
+
+
+def test_every_golden_reply_to_an_operation_is_covered():
+    assert {path.stem for path in GOLDEN.glob("op-reply-*.json") if "reply-invalid" not in path.stem} == set(REPLIES)
+
+
+@pytest.mark.parametrize("name", REPLIES)
+def test_every_golden_reply_to_an_operation_is_read_unchanged_or_is_its_error(name):
+    op, error = REPLIES[name]
+    raw = (GOLDEN / f"{name}.json").read_bytes()
+    reply = read_reply(raw, order_for(op))
+    if error is None:
+        written = msgspec.json.decode(msgspec.json.encode(reply))
+        assert repr(sorted(written.items())) == repr(sorted(json.loads(raw).items()))
+    else:
+        assert isinstance(reply, Failing)
+        assert type(error_of(reply)) is error
+
+
+@pytest.mark.parametrize("name", REPLIES)
+def test_a_golden_reply_is_invalid_to_every_operation_that_it_is_not_of(name):
+    raw = (GOLDEN / f"{name}.json").read_bytes()
+    own = {REPLIES[name][0]}
+    if "unsettled" in name:
+        own = set(ORDERS)
+    if "report-verify" in name:  # which finds something: a file that is not accepted is told the same way
+        own.add("accept")
+    for op in {*ORDERS} - own - {"import-plain"}:
+        with pytest.raises(ReplyInvalidError):
+            read_reply(raw, order_for(op))
+
+
+def changes(value: object) -> Iterator[object]:
+    """The value with one thing in it changed: a key gone, one more, a value of another type."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield {other: each for other, each in value.items() if other != key}
+            yield from ({**value, key: changed} for changed in changes(inner))
+        yield {**value, "further": 1}
+    elif isinstance(value, list):
+        for place, inner in enumerate(value):
+            yield from ([*value[:place], changed, *value[place + 1 :]] for changed in changes(inner))
+        yield {"0": value}
+    else:
+        yield [value]
+        yield -1
+        yield 1.5
+        yield "\ud800"
+
+
+@pytest.mark.parametrize("name", REPLIES)
+def test_a_golden_reply_that_differs_in_one_place_is_invalid_or_still_of_the_form(name):
+    op, _ = REPLIES[name]
+    golden = json.loads((GOLDEN / f"{name}.json").read_bytes())
+    invalid = 0
+    for changed in changes(golden):
+        try:
+            reply = read_reply(json.dumps(changed).encode(), order_for(op))
+        except ReplyInvalidError:
+            invalid += 1
+            continue
+        # The values of rows and arrays of nothing take what they are given; nothing else does.
+        assert msgspec.json.decode(msgspec.json.encode(reply)) == changed
+        assert op == "batch"
+    assert invalid > len(golden)
+
+
+RESULT = {"columns": ["a"], "rows": [[1]], "rows_affected": 0, "truncated": False, "skipped": False}
+NOTHING = {"columns": None, "rows": [], "rows_affected": 0, "truncated": False, "skipped": True}
+ONE_STEP = batch_order(STEPS[:1], "number", CAP)
+
+
+@pytest.mark.parametrize(
+    ("op", "reply"),
+    [
+        ("batch", {"verdict": "batch", "results": []}),
+        ("batch", {"verdict": "batch", "results": [RESULT, RESULT]}),
+        ("batch", {"verdict": "batch", "results": [{**RESULT, "rows": [[1, 2]]}]}),
+        ("batch", {"verdict": "batch", "results": [{**RESULT, "skipped": True}]}),
+        ("batch", {"verdict": "batch", "results": [{**NOTHING, "rows_affected": 1}]}),
+        ("batch", {"verdict": "batch", "results": [{**NOTHING, "rows": [[]]}]}),
+        ("batch", {"verdict": "step_failed", "step": 1, "failure": {"verdict": "timeout"}}),
+        ("batch", {"verdict": "step_failed", "step": 0, "failure": {"v": 1, "verdict": "timeout"}}),
+        ("batch", {"verdict": "step_failed", "step": 0, "failure": {"verdict": "batch", "results": []}}),
+        ("import", {"verdict": "import_invalid", "line": 0, "message": ""}),
+        ("import", {"verdict": "imported", "table": "t", "created": False, "columns": [["a"]], "rows": 1}),
+        ("accept", {"verdict": "accepted", "size": 1, "sha256": "0" * 64, "converted": ["page_size", "page_size"]}),
+        ("accept", {"verdict": "accepted", "size": 1, "sha256": "0" * 63, "converted": []}),
+        ("accept", {"verdict": "report", "report": report()}),
+        ("accept", {"verdict": "report", "report": report("salvage")}),
+        ("verify", {"verdict": "report", "report": report("salvage")}),
+        ("verify", {"verdict": "report", "report": report(ok=False)}),
+        ("verify", {"verdict": "report", "report": report(findings=[FINDING])}),
+        ("verify", {"verdict": "report", "report": report(unassigned=1)}),
+        ("verify", {"verdict": "report", "report": report(ok=False, findings=[{**FINDING, "code": "unknown"}])}),
+        ("verify", {"verdict": "report", "report": report(ok=False, findings=[FINDING] * 101)}),
+        ("salvage", {"verdict": "report", "report": report()}),
+        ("rows", {"verdict": "rows", "columns": []}),
+    ],
+)
+def test_a_reply_that_contradicts_itself_or_its_order_is_invalid(op, reply):
+    with pytest.raises(ReplyInvalidError):
+        read_reply(json.dumps({"v": 1, **reply}).encode(), ONE_STEP if op == "batch" else ORDERS[op])
+
+
+def test_no_verdict_goes_without_its_version_but_a_steps():
+    for op, order in ORDERS.items():
+        with pytest.raises(ReplyInvalidError):
+            read_reply(b'{"verdict":"timeout"}', order)
+        assert read_reply(b'{"v":1,"verdict":"timeout"}', order), op
+    with pytest.raises(ReplyInvalidError):
+        decode_reply(b'{"verdict":"timeout"}', "number")
+
+
+def test_a_failing_steps_error_says_which_it_was():
+    reply = read_reply(b'{"v":1,"verdict":"step_failed","step":0,"failure":{"verdict":"damaged","message":"x"}}', ONE_STEP)
+    error = error_of(reply)
+    assert isinstance(error, errors.DatabaseDamagedError)
+    assert error.extra == {"statement": 0}
+
+
+_json = st.recursive(
+    st.none() | st.booleans() | st.integers(-1, 2) | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["v", "verdict", "rows", "columns"]), inner),
+    max_leaves=8,
+)
+
+
+@given(op=st.sampled_from(sorted(ORDERS)), name=st.sampled_from(sorted(REPLIES)), put=_json, seed=st.randoms())
+def test_no_reply_to_an_operation_raises_anything_but_reply_invalid(op, name, put, seed):
+    golden = json.loads((GOLDEN / f"{name}.json").read_bytes())
+    golden[seed.choice(sorted(golden))] = put
+    for raw in (json.dumps(golden).encode(), json.dumps(put).encode()):
+        with contextlib.suppress(ReplyInvalidError):
+            read_reply(raw, order_for(op))
+
+
+# ── errors
 
 
 def test_what_a_runner_says_about_itself_reaches_the_log_only_as_a_class_name():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hmac
+import itertools
 import math
 import pickle
 import string
@@ -54,7 +55,32 @@ def test_a_token_has_the_documented_form(tokens, ring):
 
 def test_a_token_resolves_to_its_instance(tokens):
     instance = uuid7()
-    assert tokens.resolve(tokens.issue(instance)) == (instance, True)
+    assert tokens.resolve(tokens.issue(instance)) == (instance, True, "full")
+    assert tokens.resolve(tokens.issue(instance, "read-only")) == (instance, True, "read-only")
+
+
+def test_a_read_only_token_looks_like_any_other_and_is_signed_with_a_key_derived_from_the_token_key(tokens, ring):
+    instance = uuid7()
+    text = tokens.issue(instance, "read-only").reveal()
+    assert len(text) == len(tokens.issue(instance).reveal())
+    raw = base64.urlsafe_b64decode(text[4:] + "=")
+    assert raw[:16] == instance.bytes
+    derived = hmac.digest(ring.current.value.reveal(), b"mayfly read-only token", "sha256")
+    assert raw[48:] == hmac.digest(derived, raw[:48], "sha256")
+
+
+def test_neither_kind_of_token_can_be_made_into_the_other_without_a_key(tokens):
+    instance = uuid7()
+    full, read_only = (
+        base64.urlsafe_b64decode(tokens.issue(instance, access).reveal()[4:] + "=") for access in ("full", "read-only")
+    )
+    for head, nonce, mac in itertools.product((full, read_only), repeat=3):
+        text = "wkn_" + base64.urlsafe_b64encode(head[:16] + nonce[16:48] + mac[48:]).decode().rstrip("=")
+        found = tokens.resolve(Secret(text))
+        if nonce is mac:
+            assert found == (instance, True, "full" if mac is full else "read-only")
+        else:
+            assert found[1:] == (False, "read-only")
 
 
 def test_two_tokens_of_one_instance_differ(tokens):
@@ -105,8 +131,9 @@ def test_the_standard_alphabet_is_not_accepted_for_the_url_safe_one(tokens):
 def test_no_text_makes_a_token_fail_otherwise_than_by_a_stranger_id(tmp_path_factory, text):
     ring = KeyRing(FileSource(tmp_path_factory.mktemp("k") / "keys"), 86_400)
     ring.open()
-    instance, verified = Tokens(ring).resolve(Secret(text))
+    instance, verified, access = Tokens(ring).resolve(Secret(text))
     assert verified is False
+    assert access == "read-only"
     assert instance.version == 7
 
 
@@ -115,31 +142,33 @@ def test_a_failed_token_names_another_random_instance_each_time(tokens):
     assert tokens.resolve(bad)[0] != tokens.resolve(bad)[0]
 
 
-@pytest.mark.parametrize("kind", ["good", "forged", "malformed", "previous"])
-def test_two_digests_are_computed_and_compared_for_every_token(tokens, ring, monkeypatch, kind):
+@pytest.mark.parametrize("kind", ["good", "read-only", "forged", "malformed", "previous"])
+def test_four_digests_are_computed_and_compared_for_every_token(tokens, ring, monkeypatch, kind):
     text = tokens.issue(uuid7()).reveal()
     if kind == "previous":
         ring._take(Stored(Key.fresh(time.time()), ring.current), math.inf)
-    presented = {"forged": "wkn_" + "A" * 107, "malformed": "x"}.get(kind, text)
+    shared = tokens.issue(uuid7(), "read-only").reveal()
+    presented = {"forged": "wkn_" + "A" * 107, "malformed": "x", "read-only": shared}.get(kind, text)
     digests, comparisons = [], []
     real_mac, real_compare = module._mac, hmac.compare_digest
     monkeypatch.setattr(module, "_mac", lambda *a: digests.append(a) or real_mac(*a))
     monkeypatch.setattr(module.hmac, "compare_digest", lambda *a: comparisons.append(a) or real_compare(*a))
     tokens.resolve(Secret(presented))
-    assert (len(digests), len(comparisons)) == (2, 2)
+    assert (len(digests), len(comparisons)) == (4, 4)
 
 
-def test_a_token_outlives_one_rotation_and_not_two(tmp_path):
+@pytest.mark.parametrize("access", ["full", "read-only"])
+def test_a_token_outlives_one_rotation_and_not_two(tmp_path, access):
     now = [1000.0]
     ring = KeyRing(FileSource(tmp_path / "keys"), 100, clock=lambda: now[0], since_boot=lambda: now[0])
     ring.open()
     tokens, instance = Tokens(ring), uuid7()
-    token = tokens.issue(instance)
+    token = tokens.issue(instance, access)
     now[0] += 160
     assert ring.rotate_if_due()
     now[0] += 30
     assert not ring.rotate_if_due()
-    assert tokens.resolve(token) == (instance, True)
+    assert tokens.resolve(token) == (instance, True, access)
     now[0] += 160
     assert ring.rotate_if_due()
     assert tokens.resolve(token)[1] is False

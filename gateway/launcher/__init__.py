@@ -8,7 +8,8 @@
 
 What comes in is a verb, an instance id and at most one stream socket. What a container is made of is decided by one pure
 function (`specification`) from the settings alone: no byte from outside the process takes part in it. The launcher hands
-the caller's socket to the container's stdin and stdout and never reads a request, a reply or a tenant's file.
+the caller's socket to the container's stdin and stdout and never reads a request, a reply or a tenant's file; the kernel copies
+one for a fork.
 
-Whoever may speak to this process can create, run and remove instances, and nothing else.
+Whoever may speak to this process can create, run, copy, replace, extend and remove instances, and nothing else.
 """

@@ -12,6 +12,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import get_args
 
 import uvloop
 
@@ -19,7 +20,7 @@ from .. import operator_log
 from ..settings import Settings, SettingsError
 from . import state
 from .caps import Caps
-from .engines import Engine
+from .engines import Engine, kill_after_seconds
 from .engines.auto import AutoEngine
 from .engines.docker import DockerEngine
 from .engines.slot_containers import SlotContainers
@@ -33,6 +34,7 @@ from .reaper import Reaper
 from .registry import Registry
 from .server import Server
 from .service import Service
+from .specification import Command
 from .warmth import Warmth
 
 log = logging.getLogger("gateway.launcher")
@@ -77,6 +79,7 @@ async def serve(settings: Settings) -> None:
             settings.state_dir / "instances",
             ttl_seconds=settings.ttl_seconds,
             min_free_bytes=settings.min_free_bytes,
+            max_life_seconds=settings.max_life_seconds,
             caps=Caps(settings.instances, settings.most_instances_per_address),
         )
         stack.callback(registry.close)
@@ -116,7 +119,8 @@ async def serve(settings: Settings) -> None:
         finally:
             log.info("stopping")
             warming.cancel()
-            await server.close(settings.deadline_seconds + settings.grace_seconds, settings.start_timeout_seconds)
+            longest_run = max(kill_after_seconds(settings, command) for command in get_args(Command))
+            await server.close(longest_run, settings.start_timeout_seconds)
             for task in (stopping, *background):
                 task.cancel()
             results = await asyncio.gather(*background, return_exceptions=True)

@@ -13,7 +13,7 @@ import uuid
 from ..protocol import NOBODY
 from .errors import HostFullError, OwnerFullError
 
-_SPARE = 16  # entries of instances that are gone, before an index is made anew
+_SPARE = 16  # entries of instances that are gone or have got another end, before an index is made anew
 
 
 class _Ends:
@@ -23,14 +23,18 @@ class _Ends:
 
     def __init__(self) -> None:
         self._ends: dict[int, int] = {}
-        self._by_end: list[tuple[int, int]] = []  # a heap; what `_ends` does not say is of an instance that is gone
+        self._by_end: list[tuple[int, int]] = []  # a heap; what `_ends` does not say is of what is gone or has another end
 
     def add(self, instance: int, end: int) -> None:
         self._ends[instance] = end
         heapq.heappush(self._by_end, (end, instance))
+        self._tidy()
 
     def discard(self, instance: int) -> None:
         self._ends.pop(instance, None)
+        self._tidy()
+
+    def _tidy(self) -> None:
         if len(self._by_end) > 2 * len(self._ends) + _SPARE:
             self._by_end = [(end, instance) for instance, end in self._ends.items()]
             heapq.heapify(self._by_end)
@@ -72,6 +76,7 @@ class Caps:
                 raise HostFullError(f"the host has {count} live instances")
 
     def add(self, instance: uuid.UUID, owner: bytes, expires_at: int) -> None:
+        """Or, of one that is counted, give it another end."""
         with self._lock:
             self._all.add(instance.int, expires_at)
             if owner != NOBODY:

@@ -39,6 +39,18 @@ class QuotaError(LauncherError):
     """The instance has had as many runs as one may."""
 
 
+class RepeatedError(LauncherError):
+    """A run that must not be had twice was begun before."""
+
+
+class ExtendingOffError(LauncherError):
+    """No life is extended here."""
+
+
+class UnfitVolumeError(LauncherError):
+    """A volume holds something that no runner can have left there."""
+
+
 class BusyError(LauncherError):
     """A lease or a slot was not free in time."""
 

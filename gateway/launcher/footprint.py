@@ -9,6 +9,7 @@ from pathlib import Path
 
 from .registry import VOLUME_FILES
 
+_FILES = tuple(f"{folder}/{name}" for folder in ("volume", "damaged") for name in VOLUME_FILES)
 # An instance takes 6 µs: some 3,000 in one look.
 _LOOK_SECONDS = 0.02
 _BLOCK_BYTES = 512
@@ -43,9 +44,9 @@ class Footprint:
 
     def _size(self, instance: str) -> int:
         size = 0
-        for name in VOLUME_FILES:
+        for name in _FILES:
             try:
-                size += os.lstat(f"{self._folder}/{instance}/volume/{name}").st_blocks * _BLOCK_BYTES
+                size += os.lstat(f"{self._folder}/{instance}/{name}").st_blocks * _BLOCK_BYTES
             except OSError:
-                continue  # it has ended meanwhile; a disk in trouble is the reaper's to tell of
+                continue  # there is none, or it has ended meanwhile; a disk in trouble is the reaper's to tell of
         return size

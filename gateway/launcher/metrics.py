@@ -49,8 +49,15 @@ INSTANCE_BYTES = Family(
     "Disk space of all instances' files when they were last gone through: some 3,000 in each MAYFLY_REAP_INTERVAL_SECONDS.",
 )
 CREATED = Family(f"{PREFIX}_instances_created_total", "counter", "Instances given to somebody.")
+FORKED = Family(f"{PREFIX}_instances_forked_total", "counter", "Those of them that are copies of another.")
+REPLACED = Family(f"{PREFIX}_instances_replaced_total", "counter", "Instances whose database another's has replaced.")
+EXTENDED = Family(f"{PREFIX}_instances_extended_total", "counter", "Times that an instance's life was asked to be longer.")
 REAPED = Family(f"{PREFIX}_instances_reaped_total", "counter", "Instances deleted because they had expired.")
-REMOVED = Family(f"{PREFIX}_instances_removed_total", "counter", "Instances deleted before, because their first request failed.")
+REMOVED = Family(
+    f"{PREFIX}_instances_removed_total",
+    "counter",
+    "Instances deleted before, by their caller or because their first request failed.",
+)
 FREE_BYTES = Family(f"{PREFIX}_free_bytes", "gauge", "Free space on the state disk.")
 MIN_FREE_BYTES = Family(f"{PREFIX}_min_free_bytes", "gauge", "MAYFLY_MIN_FREE_BYTES, below which creates are refused.")
 FREE_MEMORY = Family(f"{PREFIX}_free_memory_bytes", "gauge", "Memory to be had on the host, or below the launcher's own limits.")
@@ -78,6 +85,9 @@ FAMILIES = (
     INSTANCES,
     INSTANCE_BYTES,
     CREATED,
+    FORKED,
+    REPLACED,
+    EXTENDED,
     REAPED,
     REMOVED,
     FREE_BYTES,
@@ -136,6 +146,9 @@ class Metrics(Collector):
         yield INSTANCES.of(self._registry.live)
         yield INSTANCE_BYTES.of(self._footprint.bytes)
         yield CREATED.of(service.created)
+        yield FORKED.of(service.forked)
+        yield REPLACED.of(service.replaced)
+        yield EXTENDED.of(service.extended)
         yield REAPED.of(self._reaper.reaped)
         yield REMOVED.of(service.removed)
         yield FREE_BYTES.of(self._registry.free_bytes())

@@ -15,7 +15,7 @@ _OPEN_TREE, _MOUNT_SETATTR = 428, 442
 _AT_FDCWD = -100
 _AT_SYMLINK_NOFOLLOW, _AT_EMPTY_PATH = 0x100, 0x1000
 _OPEN_TREE_CLONE, _OPEN_TREE_CLOEXEC = 1, os.O_CLOEXEC
-_ATTR_NOSUID, _ATTR_NODEV, _ATTR_NOEXEC = 0x2, 0x4, 0x8
+_ATTR_RDONLY, _ATTR_NOSUID, _ATTR_NODEV, _ATTR_NOEXEC = 0x1, 0x2, 0x4, 0x8
 _MS_PRIVATE = 1 << 18
 
 
@@ -39,18 +39,21 @@ _mount_setattr = ctypes.CFUNCTYPE(
 )(("syscall", _libc))
 
 # The state folder hands nosuid,nodev,noexec on by itself; here they do not depend on it. Private, so that no mount event passes.
-_SEALED = _Attributes(attr_set=_ATTR_NOSUID | _ATTR_NODEV | _ATTR_NOEXEC, propagation=_MS_PRIVATE)
-_SEALED_AT = ctypes.addressof(_SEALED)
+_SEAL = _ATTR_NOSUID | _ATTR_NODEV | _ATTR_NOEXEC
+_SEALED = _Attributes(attr_set=_SEAL, propagation=_MS_PRIVATE)
+_SEALED_READ_ONLY = _Attributes(attr_set=_SEAL | _ATTR_RDONLY, propagation=_MS_PRIVATE)
+_SEALED_AT, _SEALED_READ_ONLY_AT = ctypes.addressof(_SEALED), ctypes.addressof(_SEALED_READ_ONLY)
 _SEALED_BYTES = ctypes.sizeof(_SEALED)
 _CLONE = _OPEN_TREE_CLONE | _OPEN_TREE_CLOEXEC | _AT_SYMLINK_NOFOLLOW
 
 
-def detached(folder: str | Path) -> int:
+def detached(folder: str | Path, *, read_only: bool = False) -> int:
     """A descriptor of a new mount of `folder` alone: nosuid, nodev, noexec, private. The caller closes it. Raises OSError."""
     mount: int = _open_tree(_OPEN_TREE, _AT_FDCWD, os.fsencode(folder), _CLONE)
     if mount < 0:
         raise _error("open_tree", folder)
-    if _mount_setattr(_MOUNT_SETATTR, mount, b"", _AT_EMPTY_PATH, _SEALED_AT, _SEALED_BYTES):
+    attributes = _SEALED_READ_ONLY_AT if read_only else _SEALED_AT
+    if _mount_setattr(_MOUNT_SETATTR, mount, b"", _AT_EMPTY_PATH, attributes, _SEALED_BYTES):
         error = _error("mount_setattr", folder)
         os.close(mount)
         raise error

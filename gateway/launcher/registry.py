@@ -1,13 +1,16 @@
 """Instances on disk. The folder is the registry: whatever died, what is in it at a start is what exists.
 
-    <instances>/<uuid>/instance.json              {"v": 1, "created_at": …, "expires_at": …, "owner": "<hex>", "queries": …},
-                                                  outside the mount; the times are 0 while it is prepared and nobody has claimed it
+    <instances>/<uuid>/instance.json              {"v": 1, "created_at": …, "expires_at": …, "owner": "<hex>", "queries": …,
+                                                  "salvage": …}; the times are 0 while it is prepared and nobody has claimed it
     <instances>/<uuid>/volume/db.sqlite           made beforehand and writable by the runner's user; nothing else can be made here
-    <instances>/<uuid>/volume/db.sqlite-journal
+    <instances>/<uuid>/volume/db.sqlite-journal   the volume alone is ever mounted
+    <instances>/<uuid>/damaged/…                  a volume that was replaced and is kept for the operator
+    <instances>/<uuid>/tags                       `tags`: which runs must not be had twice
     <instances>/.new-… .gone-… .scratch-…         on the way in, on the way out, or for one self-test; never an instance
+    <instances>/.replace-…                        `replacement`: a note of what is under way
 
 A rename is the moment at which an instance begins and at which it ends. The folder above is 0700, so the files' mode 0666 is
-of use only to a container that has the volume mounted. Tenant files are never opened here: they are made, and unlinked.
+of use only to a container that has the volume mounted. Tenant files are made, and unlinked, and for a fork opened by `copies`.
 An instance that was prepared and never claimed has expired long ago, so whoever sweeps up expired ones after a crash takes it too.
 
 The records are read once and kept: who holds the state folder's lock is the only writer, and `find` is asked twice for a run (12 µs
@@ -15,12 +18,13 @@ each from the disk, 0.2 µs from memory). What somebody else does to the folder 
 by `look_again`; a record that is edited by hand counts from the next start on.
 How many runs an instance has had is counted in memory, and written by each sweep and at the end: a crash forgets one sweep's.
 All methods but `find`, `lives` and `ran` block for as long as the disk takes. Those that write, and `expired`, are called from one
-thread, so they never overlap, and no two creates take the last place below a cap.
+thread, so they never overlap, and no two creates take the last place below a cap; those that need not be say so.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import json
 import logging
@@ -36,8 +40,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..protocol import NOBODY
+from . import copies, tags
 from .caps import Caps
-from .errors import InstanceExistsError, StorageLowError, UnknownInstanceError
+from .errors import ExtendingOffError, InstanceExistsError, LauncherError, StorageLowError, UnknownInstanceError
+from .replacement import Replacement
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +53,7 @@ VOLUME_FILES = ("db.sqlite", "db.sqlite-journal")
 _VOLUME_MODE = 0o711  # a runner is another user: it may get at the two files, and neither list nor add
 _RECORD_FILE = "instance.json"
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_EMPTY_FILE = os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 _WRITTEN_FILE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
 _RECORD_BYTES = 4096  # far more than any record of ours
@@ -61,7 +68,9 @@ class Record:
     expires_at: int
     owner: bytes = NOBODY
     queries: int = 0
-    """Runs so far. All else stays as it was made."""
+    """Runs so far."""
+    salvage: bool = False
+    """Whether its database is to be salvaged by whoever finds it damaged. All but the end and the queries stays as it was made."""
 
 
 def _nobodys() -> Record:
@@ -76,6 +85,7 @@ class Registry:
         *,
         ttl_seconds: int,
         min_free_bytes: int,
+        max_life_seconds: int = 0,
         caps: Caps | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -83,6 +93,7 @@ class Registry:
         self._folder_name = str(folder)
         self._ttl_seconds = ttl_seconds
         self._min_free_bytes = min_free_bytes
+        self._max_life_seconds = max_life_seconds
         self._caps = caps or Caps(0, 0)
         self._clock = clock
         self._descriptor = os.open(folder, _FOLDER)
@@ -114,12 +125,12 @@ class Registry:
         """Its path; text, because a run costs 2 µs less than by pathlib."""
         return f"{self._folder_name}/{instance}/volume"
 
-    def create(self, instance: uuid.UUID, owner: bytes = NOBODY) -> Record:
+    def create(self, instance: uuid.UUID, owner: bytes = NOBODY, *, salvage: bool = False) -> Record:
         """Make an empty instance, or leave nothing.
 
         Raises OwnerFullError, HostFullError, InstanceExistsError or StorageLowError.
         """
-        record = self._record_from_now(owner)
+        record = self._record_from_now(owner, salvage)
         self._make(instance, record)
         self._take_up(instance, record)
         return record
@@ -134,12 +145,12 @@ class Registry:
         self._records[instance] = record
         self._unclaimed.add(instance)
 
-    def claim(self, instance: uuid.UUID, owner: bytes = NOBODY) -> Record:
+    def claim(self, instance: uuid.UUID, owner: bytes = NOBODY, *, salvage: bool = False) -> Record:
         """The life of a prepared instance begins.
 
         Raises OwnerFullError, HostFullError or StorageLowError, and then it can be claimed another time.
         """
-        record = self._record_from_now(owner)
+        record = self._record_from_now(owner, salvage)
         self._require_room()
         try:
             self._replace_record(instance, record)
@@ -150,6 +161,74 @@ class Registry:
         self._unclaimed.discard(instance)
         self._take_up(instance, record)
         return record
+
+    def copy(self, source: uuid.UUID, instance: uuid.UUID, owner: bytes, most_bytes: int) -> None:
+        """Make ready what `adopt` makes an instance: two files like the source's, each of `most_bytes` at most. Or leave nothing.
+
+        From any thread. The caller holds the source's lease. Raises OwnerFullError, HostFullError, StorageLowError, or
+        UnfitVolumeError if the source holds something that is no runner's.
+        """
+        self._caps.require_room(owner, self._clock())
+        with self._draft(instance) as draft:
+            self._build(draft, _nobodys())
+            for file in VOLUME_FILES:
+                with copies.opened(self._descriptor, f"{source}/volume/{file}", most_bytes) as (descriptor, size):
+                    self._require_room(size)
+                    target = os.open(f"{draft}/volume/{file}", _EMPTY_FILE, dir_fd=self._descriptor)
+                    try:
+                        copies.copy(descriptor, target, size)
+                    finally:
+                        os.close(target)
+
+    def adopt(self, instance: uuid.UUID, owner: bytes, *, salvage: bool) -> Record:
+        """The life of a copy begins, or nothing is left of it. Raises OwnerFullError, HostFullError or StorageLowError."""
+        with self._draft(instance) as draft:
+            record = self._record_from_now(owner, salvage)
+            self._write_record(f"{draft}/{_RECORD_FILE}", record)
+            os.rename(draft, str(instance), src_dir_fd=self._descriptor, dst_dir_fd=self._descriptor)
+        self._take_up(instance, record)
+        return record
+
+    def replace(self, instance: uuid.UUID, other: uuid.UUID, *, keep: bool) -> None:
+        """Give `instance` the volume of `other`, and remove that. The caller holds both leases, and nothing has a volume mounted.
+
+        With `keep` the old volume stays as `damaged`. Raises UnknownInstanceError, or OSError when nothing was done.
+        """
+        try:
+            replacement = Replacement.of(self._descriptor, instance, other, keep=keep)
+        except FileNotFoundError:
+            raise UnknownInstanceError(f"{instance} or {other}") from None
+        replacement.begin(self._descriptor)
+        try:
+            self._remove_replaced(replacement)
+        except OSError as error:  # it is done all the same; the note tells the next start of the rest
+            log.warning("not removed after it was replaced instance=%s: %s", other, error)
+
+    def extend(self, instance: uuid.UUID, wished: int) -> Record:
+        """Let it live until `wished`, or as long as a life may be; never shorter than it would.
+
+        Raises UnknownInstanceError or ExtendingOffError.
+        """
+        if not self._max_life_seconds:
+            raise ExtendingOffError("MAYFLY_MAX_LIFE_SECONDS is 0")
+        record = self.find(instance)
+        until = min(wished, record.created_at + self._max_life_seconds)
+        if until > record.expires_at:
+            self._replace_record(instance, dataclasses.replace(record, expires_at=until))
+            record.expires_at = until
+            self._caps.add(instance, record.owner, until)
+        return record
+
+    def begin_once(self, instance: uuid.UUID, tag: bytes) -> None:
+        """Note that a run begins which must not be had twice. From any thread. The caller holds the lease.
+
+        Raises RepeatedError or QuotaError.
+        """
+        tags.begin(self._descriptor, instance, tag)
+
+    def take_back(self, instance: uuid.UUID, tag: bytes) -> None:
+        """The run that was noted last has not run. From any thread. The caller still holds the lease."""
+        tags.take_back(self._descriptor, instance, tag)
 
     def find(self, instance: uuid.UUID) -> Record:
         """Raises UnknownInstanceError from the very second at which the instance expires, reaped or not. Asks no disk."""
@@ -207,13 +286,13 @@ class Registry:
         return True
 
     def sweep_leftovers(self) -> int:
-        """Delete what was on its way in or out when a launcher died; how many went. Only at start: a draft of ours would go too."""
+        """Clear up what was under way when a launcher died; how much that was. Only at start: a draft of ours would go too."""
         with os.scandir(self._folder) as entries:
             leftovers = [entry.name for entry in entries if entry.name.startswith(".")]
         removed = 0
         for name in leftovers:
             try:
-                self._delete(name)
+                self._finish(name)
             except OSError as error:  # one that cannot go must not keep every other instance from being served
                 log.warning("leftover %s not removed: %s", name, error)
             else:
@@ -230,21 +309,27 @@ class Registry:
         finally:
             self._delete(name)
 
-    def _require_room(self) -> None:
-        if (free := self.free_bytes()) < self._min_free_bytes:
-            raise StorageLowError(f"{free} bytes are free, fewer than {self._min_free_bytes}")
+    def _require_room(self, wanted_bytes: int = 0) -> None:
+        if (free := self.free_bytes()) - wanted_bytes < self._min_free_bytes:
+            raise StorageLowError(f"{free} bytes are free, and {self._min_free_bytes} are to stay so")
 
-    def _record_from_now(self, owner: bytes) -> Record:
+    def _record_from_now(self, owner: bytes, salvage: bool) -> Record:
         now = self._clock()
         self._caps.require_room(owner, now)
-        return Record(int(now), math.ceil(now + self._ttl_seconds), owner)
+        return Record(int(now), math.ceil(now + self._ttl_seconds), owner, salvage=salvage)
 
     def _make(self, instance: uuid.UUID, record: Record) -> None:
         self._require_room()
-        draft = f".new-{instance}"
-        try:
+        with self._draft(instance) as draft:
             self._build(draft, record)
             os.rename(draft, str(instance), src_dir_fd=self._descriptor, dst_dir_fd=self._descriptor)
+
+    @contextmanager
+    def _draft(self, instance: uuid.UUID) -> Iterator[str]:
+        """The name of an instance on its way in. On an exception nothing of it is left; want of room is a StorageLowError."""
+        draft = f".new-{instance}"
+        try:
+            yield draft
         except OSError as error:
             self._delete(draft)
             if error.errno in _NO_ROOM:
@@ -252,6 +337,23 @@ class Registry:
             if error.errno in _TAKEN:
                 raise InstanceExistsError(str(instance)) from error
             raise
+        except LauncherError:
+            self._delete(draft)
+            raise
+
+    def _remove_replaced(self, replacement: Replacement) -> None:
+        self.remove(replacement.other)
+        replacement.end(self._descriptor)
+
+    def _finish(self, leftover: str) -> None:
+        replacement = Replacement.noted(leftover)
+        if replacement is None:
+            self._delete(leftover)
+        elif replacement.begun(self._descriptor):
+            replacement.put_aside(self._descriptor)
+            self._remove_replaced(replacement)
+        else:
+            replacement.end(self._descriptor)
 
     def _take_up(self, instance: uuid.UUID, record: Record) -> None:
         self._records[instance] = record
@@ -288,7 +390,8 @@ class Registry:
             owner = bytes.fromhex(value.get("owner", NOBODY.hex()))
             if len(owner) != len(NOBODY):
                 return _nobodys()
-            return Record(int(value["created_at"]), int(value["expires_at"]), owner, int(value.get("queries", 0)))
+            times = int(value["created_at"]), int(value["expires_at"])
+            return Record(*times, owner, int(value.get("queries", 0)), value.get("salvage") is True)
         except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
             return _nobodys()
 
@@ -311,8 +414,9 @@ class Registry:
         os.rename(draft, f"{instance}/{_RECORD_FILE}", src_dir_fd=self._descriptor, dst_dir_fd=self._descriptor)
 
     def _write_record(self, name: str, record: Record) -> None:
-        value = {"v": 1, "created_at": record.created_at, "expires_at": record.expires_at}
-        text = json.dumps({**value, "owner": record.owner.hex(), "queries": record.queries}).encode()
+        times = {"created_at": record.created_at, "expires_at": record.expires_at}
+        more = {"owner": record.owner.hex(), "queries": record.queries, "salvage": record.salvage}
+        text = json.dumps({"v": 1, **times, **more}).encode()
         descriptor = os.open(name, _WRITTEN_FILE, 0o600, dir_fd=self._descriptor)
         try:
             if os.write(descriptor, text) != len(text):

@@ -17,26 +17,31 @@ from typing import TypeVar
 
 from ..metrics import Durations
 from ..operator_log import about
-from ..protocol import Reply, Request, Status, Verb, Verdict
+from ..protocol import BULK, KEEP, NO_TAG, QUIET, READ_ONLY, SALVAGE, Reply, Request, Status, Verb, Verdict
 from ..settings import Settings
 from ..uuid7 import uuid7
 from .engines import Engine
+from .engines.completion import to_the_end
 from .errors import (
     BusyError,
     EngineDownError,
     EngineError,
+    ExtendingOffError,
     HostFullError,
     ImageMissingError,
     LauncherError,
     OwnerFullError,
     QuotaError,
+    RepeatedError,
     StorageLowError,
+    UnfitVolumeError,
     UnknownInstanceError,
 )
 from .leases import Lease, Leases
 from .memory import available_bytes
 from .readiness import Readiness
 from .registry import Record, Registry
+from .specification import Command
 from .warmth import Warmth
 
 log = logging.getLogger(__name__)
@@ -53,8 +58,17 @@ _STATUSES: dict[type[Exception], Status] = {
     QuotaError: Status.QUOTA,
     OwnerFullError: Status.OWNER_FULL,
     HostFullError: Status.HOST_FULL,
+    RepeatedError: Status.REPEATED,
+    ExtendingOffError: Status.OFF,
 }
-_EVERYDAY = frozenset({Status.UNKNOWN, Status.QUOTA, Status.OWNER_FULL})  # by the callers' doing, as often as they like
+# By the callers' doing, as often as they like.
+_EVERYDAY = frozenset({Status.UNKNOWN, Status.QUOTA, Status.OWNER_FULL, Status.REPEATED, Status.OFF})
+_COMMANDS: dict[int, Command] = {
+    0: "serve",
+    READ_ONLY: "serve-read",
+    BULK: "serve-bulk",
+    READ_ONLY | BULK: "serve-bulk-read",
+}
 
 
 class Service:
@@ -79,6 +93,12 @@ class Service:
         self._metrics = metrics
         self.created = 0
         """Instances so far that somebody was given."""
+        self.forked = 0
+        """Those of them that were copies."""
+        self.replaced = 0
+        """Volumes so far that took another's place."""
+        self.extended = 0
+        """Lives so far that were asked to be longer."""
         self.removed = 0
         """Instances so far that the gateway had deleted."""
         self.container_seconds = Durations()
@@ -101,8 +121,9 @@ class Service:
         """The answer to FIND, HEALTH or METRICS, which nobody has to wait for."""
         try:
             if request.verb is Verb.FIND:
-                expires_at = self._registry.find(request.instance).expires_at
-                return Reply(Status.DONE, request.sequence, expires_at, instance=request.instance)
+                record = self._registry.find(request.instance)
+                flags = SALVAGE if record.salvage else 0
+                return Reply(Status.DONE, request.sequence, record.expires_at, instance=request.instance, flags=flags)
             detail = self._health() if request.verb is Verb.HEALTH else self._metrics()
             return Reply(Status.DONE, request.sequence, detail=detail)
         except (LauncherError, OSError) as error:
@@ -117,11 +138,18 @@ class Service:
                         raise LauncherError("RUN without a socket")
                     await self._run(request, caller, send)
                 case Verb.CREATE:
-                    instance, record = await self._warmth.claim(request.owner) or await self._create(request.owner)
-                    self.created += 1
-                    extra = about(request.request_id)
-                    log.debug("created instance=%s expires_at=%d", instance, record.expires_at, extra=extra)
+                    instance, record = await self._create(request)
                     send(Reply(Status.DONE, request.sequence, record.expires_at, instance=instance))
+                case Verb.FORK:
+                    instance, record = await self._fork(request)
+                    send(Reply(Status.DONE, request.sequence, record.expires_at, instance=instance))
+                case Verb.REPLACE:
+                    record = await self._replace(request)
+                    send(Reply(Status.DONE, request.sequence, record.expires_at, instance=request.instance))
+                case Verb.EXTEND:
+                    record = await self._on_disk(partial(self._registry.extend, wished=request.number), request.instance)
+                    self.extended += 1
+                    send(Reply(Status.DONE, request.sequence, record.expires_at, instance=request.instance))
                 case Verb.REMOVE:
                     await self._remove(request)
                     send(Reply(Status.DONE, request.sequence, instance=request.instance))
@@ -146,9 +174,57 @@ class Service:
         until = error.until if isinstance(error, OwnerFullError) else 0
         return Reply(status, request.sequence, until, detail=str(error), instance=request.instance)
 
-    async def _create(self, owner: bytes) -> tuple[uuid.UUID, Record]:
+    async def _create(self, request: Request) -> tuple[uuid.UUID, Record]:
+        owner, salvage = request.other, bool(request.flags & SALVAGE)
+        made = await self._warmth.claim(owner, salvage=salvage)
+        if made is None:
+            instance = uuid7()
+            made = instance, await self._on_disk(partial(self._registry.create, owner=owner, salvage=salvage), instance)
+        self._given(*made, request)
+        return made
+
+    async def _fork(self, request: Request) -> tuple[uuid.UUID, Record]:
+        source = request.instance
+        self._registry.find(source)
+        with await self._hold(source):
+            salvage = self._registry.find(source).salvage
+            try:
+                made = await to_the_end(self._copy(source, request.other, salvage))
+            except (UnfitVolumeError, OSError):
+                await self._on_disk(self._registry.look_again, source)
+                raise
+        self.forked += 1
+        self._given(*made, request)
+        return made
+
+    async def _copy(self, source: uuid.UUID, owner: bytes, salvage: bool) -> tuple[uuid.UUID, Record]:
         instance = uuid7()
-        return instance, await self._on_disk(partial(self._registry.create, owner=owner), instance)
+        # Beside the thread that creates wait for.
+        await asyncio.to_thread(self._registry.copy, source, instance, owner, self._settings.instance_bytes)
+        return instance, await self._on_disk(partial(self._registry.adopt, owner=owner, salvage=salvage), instance)
+
+    def _given(self, instance: uuid.UUID, record: Record, request: Request) -> None:
+        self.created += 1
+        log.debug("created instance=%s expires_at=%d", instance, record.expires_at, extra=about(request.request_id))
+
+    async def _replace(self, request: Request) -> Record:
+        instance, other = request.instance, uuid.UUID(bytes=request.other)
+        if instance == other:
+            raise LauncherError("an instance does not replace itself")
+        for each in (instance, other):
+            self._registry.find(each)
+        first, second = sorted((instance, other))  # or two that want the same two would wait for each other
+        with await self._hold(first), await self._hold(second):
+            record = self._registry.find(instance)
+            self._registry.find(other)
+            for each in (instance, other):
+                await self._warmth.discard(each)
+            keep = bool(request.flags & KEEP)
+            await to_the_end(self._on_disk(partial(self._registry.replace, other=other, keep=keep), instance))
+        self.replaced += 1
+        self._warmth.want(instance)
+        log.debug("replaced instance=%s by=%s", instance, other, extra=about(request.request_id))
+        return record
 
     async def _remove(self, request: Request) -> None:
         instance = request.instance
@@ -167,26 +243,29 @@ class Service:
         asked_at = time.monotonic()
         with await self._hold(instance, self._slots):
             # Below here nobody else uses the volume, and it cannot be reaped. It may have expired in the queue.
-            expires_at = self._usable(instance).expires_at
+            record = self._usable(instance)
             self._require_engine()
             leased_at = time.monotonic()
-            self._running += 1
-            warm = self._warmth.taken(instance)
+            command = _COMMANDS[request.flags & (READ_ONLY | BULK)]
+            warm = False
+            if command == "serve":
+                warm = self._warmth.taken(instance)
+            else:
+                await self._warmth.discard(instance)
             started_at = 0.0
 
             def started() -> None:
                 nonlocal started_at
                 started_at = time.monotonic()
-                if not request.quiet:
-                    send(Reply(Status.STARTED, request.sequence, expires_at, instance=instance))
+                if not request.flags & QUIET:
+                    send(Reply(Status.STARTED, request.sequence, record.expires_at, instance=instance))
 
+            once = _Once(self._registry, instance, request.other) if request.other != NO_TAG else None
+            self._running += 1
             try:
-                verdict = await self._engine.run(
-                    instance,
-                    self._registry.volume(instance),
-                    caller,
-                    started,
-                )
+                if once is not None:
+                    await to_the_end(asyncio.to_thread(once.begin))
+                verdict = await self._engine.run(instance, self._registry.volume(instance), caller, started, command)
             except (EngineError, OSError) as error:
                 if isinstance(error, EngineError):
                     self._readiness.doubt(error)
@@ -194,6 +273,8 @@ class Service:
                 raise
             finally:
                 self._running -= 1
+                if once is not None and not started_at:
+                    await to_the_end(asyncio.to_thread(once.take_back))
             if self._settings.queries_per_instance:
                 self._registry.ran(instance)
         ended_at = time.monotonic()
@@ -212,7 +293,7 @@ class Service:
             (ended_at - leased_at) * 1000,
             extra=about(request.request_id),
         )
-        send(Reply(Status.ENDED, request.sequence, expires_at, verdict, instance=instance))
+        send(Reply(Status.ENDED, request.sequence, record.expires_at, verdict, instance=instance))
 
     def _usable(self, instance: uuid.UUID) -> Record:
         record = self._registry.find(instance)
@@ -274,6 +355,31 @@ class Service:
                 "available_memory_bytes": available_bytes(),
             }
         )
+
+
+class _Once:
+    """A run that must not be had twice. Its methods block, and are called under the instance's lease."""
+
+    __slots__ = ("_begun", "_instance", "_registry", "_tag")
+
+    def __init__(self, registry: Registry, instance: uuid.UUID, tag: bytes) -> None:
+        self._registry = registry
+        self._instance = instance
+        self._tag = tag
+        self._begun = False
+
+    def begin(self) -> None:
+        """Raises RepeatedError or QuotaError."""
+        self._registry.begin_once(self._instance, self._tag)
+        self._begun = True
+
+    def take_back(self) -> None:
+        """It has not run."""
+        if self._begun:
+            try:
+                self._registry.take_back(self._instance, self._tag)
+            except OSError as error:  # it stays one that was begun, as it would after a crash
+                log.warning("tag not taken back instance=%s: %s", self._instance, error)
 
 
 class _Held:

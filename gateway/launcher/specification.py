@@ -1,4 +1,4 @@
-"""What a runner's container is, and a slot's: pure functions from the settings to the body of Docker's `POST /containers/create`.
+"""What a runner's container is, a slot's and the command's: pure functions from settings to the body of `POST /containers/create`.
 
 Nothing else in the launcher decides anything about a container, and nothing a caller sends takes part. Golden files pin them.
 """
@@ -12,7 +12,9 @@ from typing import Any, Literal
 
 from ..settings import Settings
 
-Command = Literal["serve", "selftest"]
+Command = Literal["serve", "serve-read", "serve-bulk", "serve-bulk-read", "selftest"]
+READ_ONLY: frozenset[Command] = frozenset({"serve-read", "serve-bulk-read"})
+BULK: frozenset[Command] = frozenset({"serve-bulk", "serve-bulk-read"})
 
 # An id that no account of a host has. Every runner has it, so there is no nproc among the limits: it counts across containers.
 RUNNER_UID = 64700
@@ -39,6 +41,9 @@ MASKED_PATHS = (
     "/proc/pressure",
 )
 
+# Docker's own list, which naming any path replaces.
+READONLY_PATHS = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
+
 LABEL_ROLE = "org.mayfly.role"
 LABEL_DEPLOYMENT = "org.mayfly.deployment"
 LABEL_INSTANCE = "org.mayfly.instance"
@@ -49,9 +54,11 @@ def runner_configuration(settings: Settings) -> str:
     """The one environment variable that a runner reads, as JSON."""
     configuration = {
         "deadline_ms": round(settings.deadline_seconds * 1000),
+        "bulk_deadline_ms": round(settings.bulk_deadline_seconds * 1000),
         "max_request_bytes": settings.max_request_frame_bytes,
         "max_rows": settings.max_rows,
         "max_result_bytes": settings.max_result_bytes,
+        "max_stream_bytes": settings.max_stream_bytes,
         "instance_bytes": settings.instance_bytes,
         "heap_bytes": settings.heap_bytes,
         "nofile": settings.container_nofile,
@@ -70,7 +77,7 @@ def container_specification(
     command: Command = "serve",
 ) -> dict[str, Any]:
     """The exact body of one run's container. `seccomp_profile` is the profile's JSON text: the Engine API takes no path."""
-    return _body(
+    body = _body(
         settings,
         command,
         {LABEL_ROLE: "runner", LABEL_DEPLOYMENT: deployment, LABEL_INSTANCE: str(instance)},
@@ -83,6 +90,10 @@ def container_specification(
         },
         talks=True,
     )
+    if command in READ_ONLY:
+        # Not the mount's own `ReadOnly`: runc 1.1 remounts for that without nosuid, nodev and noexec. For this it keeps them.
+        body["HostConfig"]["ReadonlyPaths"] = [*READONLY_PATHS, "/data"]
+    return body
 
 
 def slot_specification(
@@ -109,8 +120,22 @@ def slot_specification(
     return body
 
 
+def command_specification(settings: Settings, seccomp_profile: str) -> dict[str, Any]:
+    """The container of `mayfly verify` and `mayfly salvage`: a runner's, whose volume is memory of its own, for two files.
+
+    It is nobody's instance and no launcher's to sweep, so it goes by itself when it has ended.
+    """
+    volume_bytes = 2 * settings.instance_bytes
+    body = _body(settings, "file", {LABEL_ROLE: "command"}, [f"seccomp={seccomp_profile}"], None, talks=True)
+    host = body["HostConfig"]
+    host["Tmpfs"] = {"/data": f"rw,nosuid,nodev,noexec,uid={RUNNER_UID},gid={RUNNER_UID},size={volume_bytes}"}
+    host["AutoRemove"] = True
+    host["Memory"] = host["MemorySwap"] = settings.container_memory_bytes + volume_bytes
+    return body
+
+
 def _body(
-    settings: Settings, command: str, labels: dict[str, str], security: list[str], mount: dict[str, Any], *, talks: bool
+    settings: Settings, command: str, labels: dict[str, str], security: list[str], mount: dict[str, Any] | None, *, talks: bool
 ) -> dict[str, Any]:
     """What both have in common, and that is every limit. `talks` by its stdin and stdout."""
     host: dict[str, Any] = {
@@ -134,7 +159,7 @@ def _body(
             {"Name": "nofile", "Soft": settings.container_nofile, "Hard": settings.container_nofile},
         ],
         "LogConfig": {"Type": "none", "Config": {}},  # the reply is the tenant's data: the daemon must not keep it
-        "Mounts": [mount],
+        "Mounts": [] if mount is None else [mount],
         "AutoRemove": False,  # how it ended is read before it goes
         "RestartPolicy": {"Name": "no", "MaximumRetryCount": 0},
         "Init": False,

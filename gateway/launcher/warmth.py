@@ -1,12 +1,13 @@
 """Containers started before anybody asks, so that nobody waits for a start (70 to 110 ms). Which ones, when, and for how long.
 
 The nursery is fresh instances, each with its container waiting and its lease held here: CREATE hands one out. A successor is the
-container of an instance's next request, started once its last one is over. Either waits for one run of one instance, with that
-instance's volume mounted, and is never another's. Here is only the choice; starting and destroying is the engine's.
+container of an instance's next request, started once its last one is over. Either waits for one plain run of one instance, with
+that instance's volume mounted, and is never another's. Here is only the choice; starting and destroying is the engine's.
 
 Whoever holds an instance's lease has the say over what waits for it. A successor is started under the lease, so a run that comes
 meanwhile waits for that start and then finds it done; one that is not begun when a run comes is called off. Whoever deletes a
-volume takes the lease and `discard`s first. With an engine that does not start ahead, nothing ever waits here.
+volume, puts another in its place or runs something that is not plain takes the lease and `discard`s first. With an engine that
+does not start ahead, nothing ever waits here.
 """
 
 from __future__ import annotations
@@ -72,14 +73,14 @@ class Warmth:
         """Containers that wait for a request of an instance that somebody has."""
         return len(self._waiting)
 
-    async def claim(self, owner: bytes) -> tuple[uuid.UUID, Record] | None:
+    async def claim(self, owner: bytes, *, salvage: bool = False) -> tuple[uuid.UUID, Record] | None:
         """A fresh instance from the nursery, its life beginning now; None when the nursery is empty. Raises as `Registry.claim`."""
         if not self._nursery:
             return None
         instance = next(iter(self._nursery))
         lease = self._nursery.pop(instance)
         try:
-            record = await self._on_disk(partial(self._registry.claim, owner=owner), instance)
+            record = await self._on_disk(partial(self._registry.claim, owner=owner, salvage=salvage), instance)
         except (LauncherError, OSError):
             self._nursery[instance] = lease
             raise

@@ -61,7 +61,8 @@ async def serve(settings: Settings) -> None:
     stop = asyncio.Event()
     app = build_app(settings)
     # The longest a request at hand can take: it may still wait for its slot and its container.
-    drain_seconds = settings.start_timeout_seconds + settings.deadline_seconds + settings.grace_seconds + 2.0
+    run_seconds = max(settings.deadline_seconds, settings.bulk_deadline_seconds) + settings.grace_seconds
+    drain_seconds = settings.start_timeout_seconds + run_seconds + 2.0
     async with AsyncExitStack() as stack:
         server = await stack.enter_async_context(Server(app, shutdown_seconds=2.0))
         if metrics_address is not None:

@@ -13,19 +13,23 @@ from aiohttp import web
 
 from ..operator_log import where
 from ..settings import Settings
-from . import handlers
+from . import routes
 from .access_log import AccessLog
 from .appkeys import (
     ACCESS_LOG,
+    ANSWERS,
     BODIES,
     BREAKER,
+    BULK_GATE,
     CALLERS,
     CREATE_RATE,
     DRAIN,
     HEALTH,
     KEYS,
     LAUNCHER,
+    REPLAYS,
     REQUEST_RATE,
+    ROOM,
     RUNS,
     SETTINGS,
     SHIPPING,
@@ -34,6 +38,7 @@ from .appkeys import (
 )
 from .body import Bodies
 from .breaker import Breaker
+from .bulk import BulkGate
 from .callers import Callers
 from .drain import Drain
 from .health import Health
@@ -41,6 +46,8 @@ from .keys import KeyRing, source_of
 from .launcher import Launcher
 from .middleware import enveloped, finish_headers, logged
 from .rates import Rate
+from .replays import Replays
+from .room import ANSWERS_BYTES, ROOM_BYTES, Room
 from .runs import Runs
 from .tokens import Tokens
 from .traffic import Traffic
@@ -66,21 +73,18 @@ def build_app(settings: Settings) -> web.Application:
         from .shipping import Shipping  # and boto3 with it
 
         app[SHIPPING] = Shipping(settings, settings.state_dir / "log")
-    app[BODIES] = Bodies(settings.max_body_bytes, settings.body_seconds)
+    app[BODIES] = Bodies(settings.body_seconds)
+    app[ROOM] = Room(ROOM_BYTES)
+    app[ANSWERS] = Room(ANSWERS_BYTES)
+    app[BULK_GATE] = BulkGate(settings)
+    app[REPLAYS] = Replays()
     app[DRAIN] = Drain()
-    app[TRAFFIC] = Traffic(handlers.PATHS)
+    app[TRAFFIC] = Traffic(routes.PATHS)
     app[HEALTH] = Health(settings, app[LAUNCHER], app[DRAIN], app[BREAKER])
 
-    app.router.add_post("/sql", handlers.sql, expect_handler=handlers.expect)
-    app.router.add_get("/livez", handlers.livez)
-    app.router.add_get("/readyz", handlers.readyz)
-    app.router.add_get("/healthz", handlers.healthz)
-    app.router.add_get("/openapi.json", handlers.openapi_json)
-    for path in handlers.PATHS:
-        app.router.add_options(path, handlers.preflight)
-
+    routes.add_to(app.router)
     app.on_response_prepare.append(finish_headers)
-    app.cleanup_ctx.extend([_keys, _access_log, _shipping, _launcher, _runs])
+    app.cleanup_ctx.extend([_keys, _access_log, _shipping, _launcher, _runs, _replays])
     return app
 
 
@@ -117,6 +121,11 @@ async def _runs(app: web.Application) -> AsyncIterator[None]:
     async with _background(app[BREAKER].watch()):
         yield
     await app[RUNS].close()
+
+
+async def _replays(app: web.Application) -> AsyncIterator[None]:
+    yield
+    await app[REPLAYS].close()
 
 
 @asynccontextmanager

@@ -23,6 +23,7 @@ from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 from aiohttp.web_protocol import RequestPayloadError, _ErrInfo
 
 from ..operator_log import about, where
+from .body import mebibytes_begun
 from .errors import ApiError, BadRequestError, InternalError, RequestTimeoutError
 from .framing import ends_connection, is_faulty
 from .middleware import COMMON_HEADERS
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 MAX_HEADER_BYTES = 16 << 10
 # What a stranger's bytes are cut to, so that no turn is much longer than others.
 PIECE_BYTES = 16 << 10
-# What chunk sizes, chunk extensions and trailers may add to a body.
+# What chunk sizes, chunk extensions and trailers may add to each MiB begun of a body.
 MAX_CHUNKING_BYTES = 64 << 10
 # Requests that may wait on one connection; what comes behind them is not read.
 MAX_PIPELINED = 8
@@ -67,6 +68,7 @@ class _Refusal(web.Response):
 
 class Connection(web.RequestHandler):
     __slots__ = (
+        "_answer_bytes",
         "_begun",
         "_body",
         "_clock",
@@ -74,6 +76,8 @@ class Connection(web.RequestHandler):
         "_full",
         "_held",
         "_raw_bytes",
+        "_unread_seconds",
+        "_unread_since",
         "address",
         "deadline",
         "line",
@@ -99,8 +103,12 @@ class Connection(web.RequestHandler):
         self._body: StreamReader | None = None
         self._held = b""
         self._full = False
-        # Runs while an answer is not wholly in the kernel, which is rare: most need no timer.
+        # Runs while an answer is not wholly in the kernel, which is rare: most need no timer. An answer's times add up: whoever
+        # takes a little now and then gets no more of it.
         self._clock: asyncio.TimerHandle | None = None
+        self._answer_bytes = 0
+        self._unread_seconds = 0.0
+        self._unread_since = 0.0
 
     # ── opening and closing
 
@@ -192,12 +200,13 @@ class Connection(web.RequestHandler):
     def _parse(self, data: bytes) -> None:
         if self._close or self._force_close or self._full:
             return
-        before = len(self._messages)
+        before, body = len(self._messages), self._body
         super().data_received(data)
         if len(self._messages) > before:
             self._screen(before)
-        elif self._body is not None:
-            self._count_chunking(self._body, len(data))
+        elif body is not None:
+            if self._body is body:  # the piece that ends a body is no header, and what may follow in it is short
+                self._count_chunking(body, len(data))
         elif data:
             self._count_header(len(data))
 
@@ -252,7 +261,7 @@ class Connection(web.RequestHandler):
 
     def _count_chunking(self, body: StreamReader, size: int) -> None:
         self._raw_bytes += size
-        if self._raw_bytes - body.total_bytes > MAX_CHUNKING_BYTES:
+        if self._raw_bytes - body.total_bytes > MAX_CHUNKING_BYTES * mebibytes_begun(body.total_bytes):
             self.distrust()
             body.set_exception(RequestPayloadError("more chunking than body"))
             self._close = True
@@ -262,6 +271,7 @@ class Connection(web.RequestHandler):
     def log_access(self, request: web.BaseRequest, response: web.StreamResponse, time: float | None) -> None:
         """Called by aiohttp when an answer has been handed to the kernel, or could not be."""
         self.served = True
+        self._answer_bytes, self._unread_seconds = 0, 0.0
         if response.status in _DISTRUSTED:
             self.distrust()
         if not self._messages:
@@ -269,14 +279,28 @@ class Connection(web.RequestHandler):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._clock = self._loop.call_later(self._door.answer_seconds, self._unread_for_long)
+        self._unread_since = self._loop.time()
+        self._clock = self._loop.call_later(self._answer_seconds_left, self._unread_for_long)
         self._door.unread(self)
 
     def resume_writing(self) -> None:
+        self._unread_seconds += self._loop.time() - self._unread_since
         self._stop_clock()
         super().resume_writing()
 
+    @property
+    def _answer_seconds_left(self) -> float:
+        """Of the time in which the answer at hand may be unread: so much for each MiB that has been begun of it."""
+        # A stream counts what it has written; an answer that was given at once is written after its request is no longer current.
+        streamed = 0 if self._current_request is None else self._current_request.writer.output_size
+        self._answer_bytes = max(self._answer_bytes, streamed, self.unsent_bytes)
+        had = self._unread_seconds + self._loop.time() - self._unread_since
+        return self._door.answer_seconds * mebibytes_begun(self._answer_bytes) - had
+
     def _unread_for_long(self) -> None:
+        if (left := self._answer_seconds_left) > 0:  # it has grown since
+            self._clock = self._loop.call_later(left, self._unread_for_long)
+            return
         self._door.evicted["answer"] += 1
         self.reset()
 

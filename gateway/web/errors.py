@@ -31,7 +31,7 @@ class Row:
 
 
 class ApiError(Exception):
-    """The root. `hint` is for the caller, `reason` for the operator; neither ever holds a token."""
+    """The root. `hint`, and `extra` at the envelope's end, are for the caller, `reason` is for the operator; none holds a token."""
 
     code: ClassVar[str]
     status: ClassVar[int]
@@ -46,22 +46,29 @@ class ApiError(Exception):
             cls.code, cls.status, cls.text, cls.retry_after_seconds = code, status, text, retry_after_seconds
 
     def __init__(
-        self, detail: str = "", *, hint: str | None = None, reason: str = "", headers: Mapping[str, str] | None = None
+        self,
+        detail: str = "",
+        *,
+        hint: str | None = None,
+        reason: str = "",
+        headers: Mapping[str, str] | None = None,
+        extra: Mapping[str, object] | None = None,
     ) -> None:
         super().__init__(self.code)
         self.message = self.text.replace("…", detail[:MAX_DETAIL_CHARS])
         self.hint = hint[:MAX_DETAIL_CHARS] if hint else None
         self.reason = reason
+        self.extra = dict(extra or {})
         self.headers = dict(headers or {})
         if self.retry_after_seconds:
             self.headers.setdefault("Retry-After", str(self.retry_after_seconds))
 
     def body(self, request_id: str) -> bytes:
-        """The one envelope: error, code, request_id and, where it helps, hint."""
-        envelope = {"error": self.message, "code": self.code, "request_id": request_id}
+        """The one envelope: error, code, request_id, where it helps hint, and what only some errors have."""
+        envelope: dict[str, object] = {"error": self.message, "code": self.code, "request_id": request_id}
         if self.hint is not None:
             envelope["hint"] = self.hint
-        return msgspec.json.encode(envelope)
+        return msgspec.json.encode(envelope | self.extra)
 
 
 class CallerError(ApiError):
@@ -101,11 +108,31 @@ class MemoryLimitError(CallerError, code="memory_limit", status=400, text="inval
 
 
 class DatabaseDamagedError(CallerError, code="database_damaged", status=400, text="invalid sql: database disk image is malformed"):
-    """The instance's file is not a healthy SQLite database."""
+    """The instance's file, or the one that was sent, is not a healthy SQLite database; `report` says what is wrong."""
 
 
 class ForbiddenSqlError(CallerError, code="forbidden", status=400, text="forbidden sql keyword: …"):
     """SQLite's authorizer refused what a statement means to do, e.g. `ATTACH`."""
+
+
+class BadParameterError(CallerError, code="bad_parameter", status=400, text="invalid parameter: …"):
+    """A parameter of the query or a header's value is unknown, repeated, missing or of no documented form."""
+
+
+class ImportInvalidError(CallerError, code="import_invalid", status=400, text="invalid import: …"):
+    """The data cannot be loaded into that table; `line` counts from 1, or is null. Nothing was changed."""
+
+
+class FileRefusedError(CallerError, code="file_refused", status=400, text="file refused: …"):
+    """The file is a healthy database and beyond a limit, of its pages or its schema."""
+
+
+class ReadOnlyError(CallerError, code="read_only", status=403, text="read-only session"):
+    """The token is a shared one, which can only read."""
+
+
+class ExtendDisabledError(CallerError, code="extend_disabled", status=403, text="extending is off"):
+    """The operator lets no instance live longer than it was given."""
 
 
 class InstanceNotFoundError(CallerError, code="instance_not_found", status=404, text="instance not found"):
@@ -128,12 +155,28 @@ class RequestTimeoutError(CallerError, code="request_timeout", status=408, text=
     """The header or the body did not arrive in time."""
 
 
+class DatabaseSalvagedError(CallerError, code="database_salvaged", status=409, text="database salvaged"):
+    """The instance's file was damaged, and what could be read of it is in its place; the request was not done, send it again."""
+
+
+class AlreadyDoneError(CallerError, code="already_done", status=409, text="request was done already"):
+    """A request with this `Idempotency-Key` was begun before, and its answer is not held."""
+
+
 class BodyTooLargeError(CallerError, code="body_too_large", status=413, text="request body too large"):
     """The body, or what its numbers grow to, is above the limit."""
 
 
 class UnsupportedMediaTypeError(CallerError, code="unsupported_media_type", status=415, text="unsupported media type"):
-    """The body is compressed, or is declared as something other than JSON in UTF-8."""
+    """The body is compressed, or is declared as something that the route does not take."""
+
+
+class RangeNotSatisfiableError(CallerError, code="range_not_satisfiable", status=416, text="range not satisfiable"):
+    """The range begins behind the end of the file; `Content-Range` has its size."""
+
+
+class IdempotencyMismatchError(CallerError, code="idempotency_mismatch", status=422, text="idempotency key reused"):
+    """The instance had this `Idempotency-Key` with another request."""
 
 
 class RateLimitedError(CallerError, code="rate_limited", status=429, text="rate limit exceeded"):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import secrets
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from aiohttp import web
@@ -19,10 +21,21 @@ class Exchange:
     code: str = ""
     """Of the error that it is answered with."""
     headers: dict[str, str] = field(default_factory=dict)
+    """Of the answer, whatever it is."""
+    hung_up: bool = False
+    """Whether the caller left while its answer was sent."""
 
     @property
     def request_id_bytes(self) -> bytes:
         return bytes.fromhex(self.request_id)
+
+    @contextmanager
+    def sending(self) -> Iterator[None]:
+        """Around what a handler writes itself: a caller that hangs up ends that, and is nobody's error."""
+        try:
+            yield
+        except ConnectionError:
+            self.hung_up = True
 
 
 EXCHANGE: web.RequestKey[Exchange] = web.RequestKey("exchange", Exchange)

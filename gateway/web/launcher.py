@@ -22,10 +22,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..protocol import (
+    KEEP,
     MAX_REPLY_BYTES,
     NO_INSTANCE,
     NO_REQUEST,
+    NO_TAG,
     NOBODY,
+    QUIET,
+    SALVAGE,
     MalformedPacketError,
     Reply,
     Request,
@@ -36,6 +40,7 @@ from ..protocol import (
 from .errors import (
     ApiError,
     EngineUnavailableError,
+    ExtendDisabledError,
     HostFullError,
     HostStorageLowError,
     ImageMissingError,
@@ -53,9 +58,29 @@ _PEER = struct.Struct("3i")
 _log = logging.getLogger(__name__)
 
 
+class RepeatedError(Exception):
+    """A run of this instance with this tag was begun before. What it answered, the launcher does not know."""
+
+
+RunEnd = Verdict | ApiError | RepeatedError
+
+
+class Found(NamedTuple):
+    """An instance that lives."""
+
+    expires_at: int
+    """The unix second of its deletion."""
+    salvage: bool
+    """Whether whoever finds it damaged is to salvage it."""
+
+
 class _RunCall(NamedTuple):
     started: Callable[[int], None] | None
-    over: Callable[[Verdict | ApiError], None]
+    over: Callable[[RunEnd], None]
+
+
+# What is made by a verb belongs to nobody until its name has arrived.
+_MAKING = frozenset({Verb.CREATE, Verb.FORK})
 
 
 class Launcher:
@@ -81,51 +106,68 @@ class Launcher:
         """Whether the launcher at the other end runs under another user than this process."""
         return self._socket is not None and self._peer_uid != os.geteuid()
 
-    async def create(self, owner: bytes, request_id: bytes) -> tuple[uuid.UUID, int]:
+    async def create(self, owner: bytes, request_id: bytes, *, salvage: bool = False) -> tuple[uuid.UUID, int]:
         """Have an instance made for the owner of that tag: its id, and the unix second of its deletion."""
-        reply = await self._ask(Verb.CREATE, request_id=request_id, owner=owner)
-        if reply.status is not Status.DONE:
-            raise _failure(reply)
+        reply = await self._ask(Verb.CREATE, request_id, flags=SALVAGE if salvage else 0, other=owner)
         return reply.instance, reply.expires_at
+
+    async def fork(self, instance: uuid.UUID, owner: bytes, request_id: bytes) -> tuple[uuid.UUID, int]:
+        """Have a copy made, for the owner of that tag: as `create`. Raises InstanceNotFoundError too."""
+        reply = await self._ask(Verb.FORK, request_id, instance, other=owner)
+        return reply.instance, reply.expires_at
+
+    async def replace(self, instance: uuid.UUID, other: uuid.UUID, request_id: bytes, *, keep: bool = False) -> None:
+        """Give an instance the volume of another, which is no more then. `keep`: the volume that it had stays beside it."""
+        await self._ask(Verb.REPLACE, request_id, instance, flags=KEEP if keep else 0, other=other.bytes)
+
+    async def extend(self, instance: uuid.UUID, wished: int, request_id: bytes) -> int:
+        """The unix second at which the instance ends from now on; it is asked for `wished`. Raises ExtendDisabledError."""
+        return (await self._ask(Verb.EXTEND, request_id, instance, number=wished)).expires_at
 
     async def find(self, instance: uuid.UUID, request_id: bytes = NO_REQUEST) -> int | None:
         """The unix second of an instance's deletion, or None if there is no such instance."""
-        reply = await self._ask(Verb.FIND, instance=instance, request_id=request_id)
-        if reply.status is Status.UNKNOWN:
+        found = await self.look(instance, request_id)
+        return None if found is None else found.expires_at
+
+    async def look(self, instance: uuid.UUID, request_id: bytes = NO_REQUEST) -> Found | None:
+        """What the launcher knows of an instance, or None if there is no such instance."""
+        try:
+            reply = await self._ask(Verb.FIND, request_id, instance)
+        except InstanceNotFoundError:
             return None
-        if reply.status is not Status.DONE:
-            raise _failure(reply)
-        return reply.expires_at
+        return Found(reply.expires_at, bool(reply.flags & SALVAGE))
 
     async def remove(self, instance: uuid.UUID, request_id: bytes = NO_REQUEST) -> None:
         """Delete an instance; one that is gone already is a success."""
-        reply = await self._ask(Verb.REMOVE, instance=instance, request_id=request_id)
-        if reply.status not in (Status.DONE, Status.UNKNOWN):
-            raise _failure(reply)
+        with suppress(InstanceNotFoundError):
+            await self._ask(Verb.REMOVE, request_id, instance)
 
     async def health(self) -> str:
         """The launcher's JSON object, not yet parsed."""
-        return await self._tell(Verb.HEALTH)
+        return (await self._ask(Verb.HEALTH)).detail
 
     async def metrics(self) -> str:
         """The launcher's metrics in Prometheus's text format."""
-        return await self._tell(Verb.METRICS)
+        return (await self._ask(Verb.METRICS)).detail
 
     def run(
         self,
         instance: uuid.UUID,
         passed: socket.socket,
         started: Callable[[int], None] | None,
-        over: Callable[[Verdict | ApiError], None],
+        over: Callable[[RunEnd], None],
         request_id: bytes = NO_REQUEST,
+        flags: int = 0,
+        tag: bytes = NO_TAG,
     ) -> None:
         """Ask for a container that holds `passed`, which is closed here in every case. Raises LauncherUnavailableError.
 
         `started` hears the unix second of the instance's deletion; None spares both ends a packet. `over` hears, once, the verdict,
-        or why there will be none: RUN was refused, or the connection was lost.
+        or why there will be none: RUN was refused, or the connection was lost. `flags`: READ_ONLY and BULK.
         """
         sequence = next(self._sequences)
-        self._send(Request(Verb.RUN, sequence, instance, started is None, request_id).pack(), passed)
+        flags |= QUIET if started is None else 0
+        self._send(Request(Verb.RUN, sequence, instance, flags, request_id, tag).pack(), passed)
         self._runs[sequence] = _RunCall(started, over)
 
     def hurry(self) -> None:
@@ -138,41 +180,44 @@ class Launcher:
         """Fail what is outstanding and drop the connection. The next call would connect again."""
         self._lose("closed")
 
-    async def _tell(self, verb: Verb) -> str:
-        reply = await self._ask(verb)
-        if reply.status is not Status.DONE:
-            raise _failure(reply)
-        return reply.detail
-
     async def _ask(
-        self, verb: Verb, *, instance: uuid.UUID = NO_INSTANCE, request_id: bytes = NO_REQUEST, owner: bytes = NOBODY
+        self,
+        verb: Verb,
+        request_id: bytes = NO_REQUEST,
+        instance: uuid.UUID = NO_INSTANCE,
+        *,
+        flags: int = 0,
+        other: bytes = NOBODY,
+        number: int = 0,
     ) -> Reply:
-        answer = self._order(verb, instance, request_id, owner)
+        """The launcher's DONE; every other answer is raised."""
+        sequence = next(self._sequences)
+        answer = self._order(Request(verb, sequence, instance, flags, request_id, other, number))
         try:
             async with asyncio.timeout(_ANSWER_SECONDS):
-                return await answer
+                reply = await answer
         except TimeoutError:
             self.silent = True
             raise LauncherUnavailableError(reason=f"no answer to {verb.name} in {_ANSWER_SECONDS:.0f} s") from None
         except asyncio.CancelledError:
-            if verb is Verb.CREATE and answer.done() and not answer.cancelled() and answer.exception() is None:
+            if verb in _MAKING and answer.done() and not answer.cancelled() and answer.exception() is None:
                 self._remove_unwanted(answer.result())  # cancelled in the instant between the answer and its being looked at
             raise
+        if reply.status is not Status.DONE:
+            raise _failure(reply)
+        return reply
 
-    def _order(
-        self, verb: Verb, instance: uuid.UUID, request_id: bytes = NO_REQUEST, owner: bytes = NOBODY
-    ) -> asyncio.Future[Reply]:
-        sequence = next(self._sequences)
-        self._send(Request(verb, sequence, instance, False, request_id, owner).pack(), None)
+    def _order(self, request: Request) -> asyncio.Future[Reply]:
+        self._send(request.pack(), None)
         answer: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
-        self._answers[sequence] = verb, answer
+        self._answers[request.sequence] = request.verb, answer
         return answer
 
     def _remove_unwanted(self, created: Reply) -> None:
         """Whoever asked for this instance has left before its name was known: nobody will ever hold a token of it."""
         if created.status is Status.DONE:
             with suppress(LauncherUnavailableError):
-                self._order(Verb.REMOVE, created.instance).add_done_callback(_seen)
+                self._order(Request(Verb.REMOVE, next(self._sequences), created.instance)).add_done_callback(_seen)
 
     def _connected(self) -> socket.socket:
         if self._socket is not None:
@@ -251,7 +296,7 @@ class Launcher:
             verb, answer = self._answers.pop(reply.sequence)
             if not answer.done():
                 answer.set_result(reply)
-            elif verb is Verb.CREATE:
+            elif verb in _MAKING:
                 self._remove_unwanted(reply)
             return
         call = self._runs.get(reply.sequence)
@@ -263,7 +308,10 @@ class Launcher:
             call.started(reply.expires_at)
             return
         del self._runs[reply.sequence]
-        call.over(reply.verdict if reply.status is Status.ENDED else _failure(reply))
+        if reply.status is Status.REPEATED:
+            call.over(RepeatedError())
+        else:
+            call.over(reply.verdict if reply.status is Status.ENDED else _failure(reply))
 
     def _lose(self, reason: str) -> None:
         connection, self._socket = self._socket, None
@@ -306,6 +354,8 @@ def _failure(reply: Reply) -> ApiError:
             return TooManyInstancesError(headers={"Retry-After": str(max(1, reply.expires_at - int(time.time())))})
         case Status.HOST_FULL:
             return HostFullError(reason=reason)
+        case Status.OFF:
+            return ExtendDisabledError()
         case _:
             return InternalError(reason=reason)
 

@@ -30,7 +30,8 @@ CLIENT_CLOSED = 499
 COMMON_HEADERS = {
     "Access-Control-Allow-Origin": "*",
     "Access-Control-Expose-Headers": (
-        "X-Walkin-Session, X-Walkin-TTL, RateLimit-Limit, RateLimit-Remaining, RateLimit-Reset, Retry-After, X-Request-ID"
+        "X-Walkin-Session, X-Walkin-TTL, RateLimit-Limit, RateLimit-Remaining, RateLimit-Reset, Retry-After, X-Request-ID, "
+        "ETag, Accept-Ranges, Content-Range, Content-Disposition, Idempotent-Replayed"
     ),
     "Cache-Control": "no-store",
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'; sandbox",
@@ -52,7 +53,7 @@ async def logged(request: web.Request, handler: Handler) -> web.StreamResponse:
     status = InternalError.status
     try:
         response = await handler(request)
-        status = response.status
+        status = CLIENT_CLOSED if exchange.hung_up else response.status
         if request.app[DRAIN].draining:
             response.force_close()
         return response
@@ -77,29 +78,27 @@ async def enveloped(request: web.Request, handler: Handler) -> web.StreamRespons
     """Turns every failure into the one envelope; tells the operator of those that are ours."""
     exchange = request[EXCHANGE]
     try:
-        response = await handler(request)
+        return await handler(request)
     except ApiError as error:
         return _refuse(exchange, error)
     except web.HTTPException as error:
         return _refuse(exchange, _routing_error(error))
     except Exception as error:
         return _refuse(exchange, InternalError(reason=where(error)))
-    response.headers.update(exchange.headers)
-    return response
 
 
 async def finish_headers(request: web.Request, response: web.StreamResponse) -> None:
-    """The last word on every answer's headers, on_response_prepare."""
+    """The last word on every answer's headers, on_response_prepare, which comes before the first byte is sent."""
+    exchange = request[EXCHANGE]
+    response.headers.update(exchange.headers)
     response.headers.update(COMMON_HEADERS)
-    response.headers.setdefault("X-Request-ID", request[EXCHANGE].request_id)
+    response.headers.setdefault("X-Request-ID", exchange.request_id)
     response.headers.pop("Server", None)
 
 
-def _refuse(exchange: Exchange, error: ApiError) -> web.Response:
-    request_id, headers = exchange.request_id, {**exchange.headers, **error.headers}
-    if isinstance(error, InstanceNotFoundError):
-        # The same bytes and headers for every token failure: no id, no counters, no expiry.
-        request_id, headers, exchange.instance = NO_REQUEST_ID, {}, None
+def tell(exchange: Exchange, error: ApiError) -> None:
+    """Have the metrics know how a request ended, and the operator, if it was our doing."""
+    exchange.code = error.code
     if isinstance(error, ServiceError) and not isinstance(error, CircuitOpenError):  # the breaker says once what is wrong
         _log.log(
             logging.ERROR if error.status == InternalError.status else logging.WARNING,
@@ -107,11 +106,17 @@ def _refuse(exchange: Exchange, error: ApiError) -> web.Response:
             error.status,
             error.code,
             error.reason,
-            extra=about(request_id),
+            extra=about(exchange.request_id),
         )
-    exchange.code = error.code
-    headers["X-Request-ID"] = request_id
-    return web.Response(status=error.status, body=error.body(request_id), content_type="application/json", headers=headers)
+
+
+def _refuse(exchange: Exchange, error: ApiError) -> web.Response:
+    tell(exchange, error)
+    exchange.headers |= error.headers
+    if isinstance(error, InstanceNotFoundError):
+        # The same bytes and headers for every token failure: no id, no counters, no expiry.
+        exchange.request_id, exchange.headers, exchange.instance = NO_REQUEST_ID, {}, None
+    return web.Response(status=error.status, body=error.body(exchange.request_id), content_type="application/json")
 
 
 def _routing_error(error: web.HTTPException) -> ApiError:

@@ -1,282 +1,276 @@
-"""One run: ticket, lease and slot, socket pair, container, frames. The answer is given before the container is torn down.
+"""Turns: ticket, lease and slot, and the runs that are made with them.
 
-Our end of the pair stays open until the launcher's ENDED when a whole reply has come: an ordinary run is no news to the launcher.
-Whoever leaves `Turn.run()` otherwise, by error or hang-up, closes it at once, which tells the launcher to destroy what still runs.
-Whoever leaves the turn gives lease and slot back; if it ran something, as soon as that has ended.
+Whoever leaves a turn gives lease and slot back; if it ran something, as soon as that has ended. A turn's next run begins when the
+container of the one before is gone.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import socket
 import time
 import uuid
-from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 from ..metrics import Durations
 from ..operator_log import about
-from ..protocol import Verdict
+from ..protocol import NO_TAG, READ_ONLY
 from ..settings import Settings
-from .body import Int64Form
-from .errors import ApiError, LauncherUnavailableError, QueryTimeoutError, RunnerFailedError
+from .body import Int64Form, Statement
+from .channel import Streams
+from .dialogue import CutShortError, File, RowStream, Share
+from .errors import ApiError, ReplyInvalidError
 from .launcher import Launcher
 from .leases import Hold, Leases, Ticket
 from .rates import counted_as
-from .runner import Channel, Ok, Streams, decode_reply
-from .verdicts import error_without_reply, rows_or_raise
+from .room import Loan
+from .run import Bounds, Expiries, Run, Talk
+from .runner import (
+    Accepted,
+    Batch,
+    Failing,
+    Failure,
+    FileHead,
+    Imported,
+    Ok,
+    Order,
+    Reported,
+    RowsHead,
+    Schema,
+    Success,
+    Unsettled,
+    decode_reply,
+    read_reply,
+    request_frame,
+)
+from .verdicts import error_of, rows_or_raise
 
 # The launcher kills at deadline plus grace; this much later it is the channel itself that hangs.
 _CHANNEL_SECONDS = 1.0
-# Between the end of a stream and the launcher's word on how the container ended.
-_VERDICT_SECONDS = 5.0
 # How exactly all of these are kept, by one timer for all runs: one for each took 2 µs, and nearly none ever rang.
 _TICK_SECONDS = 0.1
-# A quarter of a kilobyte each.
-_MAX_EXPIRIES = 16_384
+# Of whatever kind, a run that may write rolls back what a killed one left.
+_SETTLING = request_frame(Statement("SELECT 1", None, "number"), 1 << 10)
 
 _log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True, slots=True)
-class _Bounds:
-    """The longest of everything a run waits for."""
-
-    start_seconds: float
-    reply_seconds: float
-    reply_bytes: int
-
-    @property
-    def end_seconds(self) -> float:
-        return self.start_seconds + self.reply_seconds + _VERDICT_SECONDS
-
-
-class _Expiries:
-    """When instances end, which never changes: whoever knows need not be told with every run. Those heard of last are kept."""
-
-    def __init__(self) -> None:
-        # Not a plain dict, which walks over all that went before to find its first.
-        self._known: OrderedDict[uuid.UUID, int] = OrderedDict()
-
-    def get(self, instance: uuid.UUID) -> int | None:
-        return self._known.get(instance)
-
-    def remember(self, instance: uuid.UUID, expires_at: int) -> None:
-        self._known[instance] = expires_at
-        if len(self._known) > _MAX_EXPIRIES:
-            self._known.popitem(last=False)
-
-
-class _Run:
-    """One RUN as it is seen from here, until the launcher's last word on it. Its caller may leave before."""
-
-    __slots__ = (
-        "_answer",
-        "_bounds",
-        "_channel",
-        "_due",
-        "_end",
-        "_expiries",
-        "_gone",
-        "_heard",
-        "_instance",
-        "_launcher",
-        "_loop",
-        "_quiet",
-        "_request_id",
-        "expires_at",
-    )
-
-    def __init__(
-        self,
-        launcher: Launcher,
-        streams: Streams,
-        bounds: _Bounds,
-        expiries: _Expiries,
-        instance: uuid.UUID,
-        frame: bytes,
-        request_id: bytes,
-    ) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._launcher = launcher
-        self._bounds = bounds
-        self._expiries = expiries
-        self._instance = instance
-        self._request_id = request_id
-        self.expires_at = expiries.get(instance)
-        """The unix second of the instance's deletion: known before, or told once the container has started."""
-        self._quiet = self.expires_at is not None
-        self._heard = False
-        self._end: Verdict | ApiError | None = None
-        self._gone: Callable[[], None] | None = None
-        self._answer: asyncio.Future[bytes | ApiError] = self._loop.create_future()
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        ours.setblocking(False)
-        self._channel = Channel(streams, ours, frame, bounds.reply_bytes, self._hear)
-        try:
-            launcher.run(instance, theirs, None if self._quiet else self._start, self._over, request_id)
-        except BaseException:
-            self._channel.close()
-            raise
-        self._wait(bounds.start_seconds + (bounds.reply_seconds if self._quiet else 0.0))
-
-    async def reply(self) -> bytes:
-        """The payload of the runner's frame, or an ApiError."""
-        answer = await self._answer
-        if isinstance(answer, ApiError):
-            raise answer
-        return answer
-
-    def hang_up(self) -> None:
-        """Have the launcher destroy what still runs."""
-        self._channel.close()
-        self._wait(self._bounds.end_seconds)
-
-    def leave(self, gone: Callable[[], None]) -> None:
-        """Nobody waits for the reply any more; `gone` is called once the container is no more, at once if that is so."""
-        self._gone = gone
-        if self._end is not None:
-            self._finish()
-
-    def _start(self, expires_at: int) -> None:
-        self.expires_at = expires_at
-        self._expiries.remember(self._instance, expires_at)
-        self._wait(self._bounds.reply_seconds)
-        self._conclude()
-
-    def _hear(self) -> None:
-        self._heard = True
-        self._conclude()
-
-    def _over(self, end: Verdict | ApiError) -> None:
-        self._end = end
-        self._conclude()
-        if self._gone is not None:
-            self._finish()
-
-    def _conclude(self) -> None:
-        """Answer as soon as enough is known. The launcher's packets and the runner's bytes come in any order."""
-        if self._answer.done():
-            return
-        reply, end = self._channel.reply, self._end
-        if isinstance(end, ApiError):
-            self._answer.set_result(end)
-        elif self.expires_at is None:
-            if end is not None:
-                self._answer.set_result(RunnerFailedError(reason=f"ended before it started: {end.name}"))
-        elif reply is not None:
-            self._answer.set_result(reply)
-        elif self._heard and end is not None:
-            _log.info("run ended without a reply verdict=%s", end.name, extra=about(self._request_id))
-            self._answer.set_result(error_without_reply(end))
-        elif self._heard:
-            self._wait(_VERDICT_SECONDS)
-
-    def _wait(self, seconds: float) -> None:
-        self._due = self._loop.time() + seconds
-
-    def hurry(self) -> None:
-        """The launcher is silent: what has not started will not, and what has ends in so much time."""
-        if not self._answer.done():
-            self._due = min(self._due, self._loop.time() + self._bounds.reply_seconds)
-
-    def look(self, now: float) -> None:
-        """Give up on what is overdue."""
-        if now < self._due:
-            return
-        # The launcher has bounds of its own for all of this, and they are shorter.
-        self._launcher.silent = True
-        if not self._answer.done():
-            self._answer.set_result(self._too_late())
-        elif not self._channel.closed:
-            self.hang_up()
-        else:
-            # The launcher keeps a lease of its own, so letting go here cannot put two runners on one volume.
-            _log.error("no ENDED after %.1f s; slot released", self._bounds.end_seconds, extra=about(self._request_id))
-            self._over(Verdict.LOST)
-
-    def _too_late(self) -> ApiError:
-        if self.expires_at is None or (self._quiet and not self._heard):
-            return LauncherUnavailableError(reason="no answer to RUN in time")
-        if not self._heard:
-            return QueryTimeoutError()
-        return RunnerFailedError(reason="no reply and no verdict")
-
-    def _finish(self) -> None:
-        gone, self._gone = self._gone, None
-        if gone is not None:
-            self._channel.close()
-            gone()
+Outcome = Batch | Schema | Imported | Accepted | Reported
+"""What `perform` returns."""
+Wanted = TypeVar("Wanted")
 
 
 class Turn:
-    """Lease and slot of one instance, within `async with`, for one run at most. Entering waits; raises OverloadedError."""
+    """Lease and slot of one instance, within `async with`, for one run after the other. Entering waits; raises OverloadedError.
 
-    __slots__ = ("_hold", "_instance", "_request_id", "_run", "_runs", "_ticket")
+    A read-only run may find what a killed one has left undone: then one that may write is made first, and it is run again.
+    """
+
+    __slots__ = ("_hold", "_instance", "_request_id", "_run", "_runs", "_ticket", "expires_at")
 
     def __init__(self, runs: Runs, ticket: Ticket, instance: uuid.UUID, request_id: bytes) -> None:
         self._runs = runs
         self._ticket = ticket
         self._instance = instance
         self._request_id = request_id
-        self._run: _Run | None = None
+        self._run: Run | None = None
+        self._hold: Hold | None = None
+        self.expires_at: int | None = None
+        """The unix second of the instance's deletion, known once its container has started if not before."""
 
     async def __aenter__(self) -> Turn:
         asked_at = time.perf_counter()
         self._hold = await self._ticket.hold(self._instance)
         self._runs.queue_seconds.observe(time.perf_counter() - asked_at)
-        # Below here lease and slot are held; __aexit__ alone gives them back.
+        # Below here lease and slot are held; __aexit__ gives them back, or the stream of rows that has taken them over.
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._runs._settle(self._run, self._hold)
-
-    @property
-    def expires_at(self) -> int | None:
-        """The unix second of the instance's deletion, known once its container has started if not before."""
-        return None if self._run is None else self._run.expires_at
+        self._let_go()
 
     def rename(self, instance: uuid.UUID, expires_at: int) -> None:
         """The instance has got its name and its end; nobody else knows it yet."""
-        self._hold.rename(instance)
+        if self._hold is not None:
+            self._hold.rename(instance)
         self._runs._expiries.remember(instance, expires_at)
         self._instance = instance
 
-    async def run(self, frame: bytes, int64: Int64Form) -> Ok:
-        """Run one request frame in a container of its own; raises an ApiError for everything but rows."""
-        asked_at = time.perf_counter()
-        run = self._run = self._runs._begin(self._instance, frame, self._request_id)
+    async def run(self, frame: bytes, int64: Int64Form, *, read_only: bool = False, tag: bytes = NO_TAG) -> Ok:
+        """Run one request frame in a container of its own; raises an ApiError for everything but rows, or RepeatedError."""
+        flags = READ_ONLY if read_only else 0
+        reply = await self._sql(self._instance, frame, int64, flags, tag)
+        if isinstance(reply, Unsettled) and read_only:
+            await self._roll_back(self._instance)
+            reply = await self._sql(self._instance, frame, int64, flags, tag)
+        return rows_or_raise(reply)
+
+    async def perform(self, order: Order, *, on: uuid.UUID | None = None) -> Outcome:
+        """What has a reply of one frame; raises an ApiError for a verdict by which nothing was done, or RepeatedError.
+
+        `on`: another instance, which nobody else knows of, here and below.
+        """
+        outcome = await self._answer(order, on, _whole)
+        if isinstance(outcome, Ok | RowsHead | FileHead):
+            raise ValueError(f"not one frame: {order.op}")
+        return outcome
+
+    async def fetch(self, order: Order, loan: Loan, *, on: uuid.UUID | None = None) -> File:
+        """The file of an `export`, for which the loan is taken; as `perform`, and raises OverloadedError."""
+
+        async def content(talk: Talk, head: Success) -> File:
+            if not isinstance(head, FileHead):
+                raise ValueError(f"no file: {order.op}")
+            if head.size > self._runs.file_bytes:
+                raise ReplyInvalidError(reason=f"a file of {head.size} bytes")
+            loan.take(head.size)
+            try:
+                file = await talk.dialogue.file(head.size)
+                if file.sha256 != head.sha256:
+                    raise ReplyInvalidError(reason="a file of another SHA-256 than its head's")
+            except BaseException:
+                loan.give_back(head.size)
+                raise
+            return file
+
+        return await self._answer(order, on, content)
+
+    async def rows(self, order: Order, loan: Loan) -> RowStream:
+        """All rows of a statement, behind the first frame; as `perform`, and raises OverloadedError.
+
+        The stream takes lease and slot over: they are free when the container is gone, however long its reader takes. It is the
+        last run of this turn, which may be left while it is read.
+        """
+
+        async def stream(talk: Talk, head: Success) -> RowStream:
+            if not isinstance(head, RowsHead):
+                raise ValueError(f"no rows: {order.op}")
+            rows = RowStream(
+                talk.dialogue,
+                head.columns,
+                order.int64,
+                share,
+                most_bytes=self._runs.stream_bytes,
+                most_frame_bytes=self._runs.reply_bytes,
+                cut_short=talk.cut_short,
+                hang_up=talk.hang_up,
+            )
+            self._let_go()
+            return rows
+
+        share = Share(loan)
         try:
-            reply = decode_reply(await run.reply(), int64)
+            return await self._answer(order, None, stream)
+        except BaseException:
+            share.give_back()
+            raise
+
+    async def _sql(self, instance: uuid.UUID, frame: bytes, int64: Int64Form, flags: int, tag: bytes) -> Ok | Failure:
+        if self._run is not None or self._hold is None:
+            await self._last_gone()
+        asked_at = time.perf_counter()
+        run = self._run = self._runs._begin(instance, self._request_id, frame, flags, tag)
+        try:
+            return decode_reply(await run.reply(), int64)
         except BaseException:
             run.hang_up()
             raise
         finally:
+            self._learn(run, instance)
             self._runs.run_seconds.observe(time.perf_counter() - asked_at)
-        return rows_or_raise(reply)
+
+    async def _answer(self, order: Order, on: uuid.UUID | None, rest: Callable[[Talk, Success], Awaitable[Wanted]]) -> Wanted:
+        instance = on or self._instance
+        answer = await self._talk(order, instance, rest)
+        if isinstance(answer, Unsettled) and order.read_only:
+            await self._roll_back(instance)
+            answer = await self._talk(order, instance, rest)
+        if isinstance(answer, Failing):
+            raise error_of(answer)
+        return answer
+
+    async def _talk(
+        self, order: Order, instance: uuid.UUID, rest: Callable[[Talk, Success], Awaitable[Wanted]]
+    ) -> Wanted | Failing:
+        if self._run is not None or self._hold is None:
+            await self._last_gone()
+        asked_at = time.perf_counter()
+        talk = self._run = self._runs._begin_talk(instance, self._request_id, order)
+        try:
+            reply = read_reply(await talk.reply(), order)
+            self._learn(talk, instance)
+            if isinstance(reply, Failing):
+                talk.dialogue.finish()
+                return reply
+            return await rest(talk, reply)
+        except CutShortError:
+            error = await talk.cut_short()
+            talk.hang_up()
+            raise error from None
+        except BaseException:
+            talk.hang_up()
+            raise
+        finally:
+            self._learn(talk, instance)
+            self._runs.run_seconds.observe(time.perf_counter() - asked_at)
+
+    def _learn(self, run: Run, instance: uuid.UUID) -> None:
+        if instance is self._instance:
+            self.expires_at = run.expires_at
+
+    async def _roll_back(self, instance: uuid.UUID) -> None:
+        """What a killed run has left; raises what keeps it from being done."""
+        rows_or_raise(await self._sql(instance, _SETTLING, "number", 0, NO_TAG))
+
+    async def _last_gone(self) -> None:
+        """Wait for the container of the run before."""
+        if self._hold is None:
+            raise ValueError("the turn is over")
+        run = self._run
+        if run is not None:
+            gone = asyncio.Event()
+            run.leave(gone.set)
+            await gone.wait()
+            self._runs._forget(run)
+            self._run = None
+
+    def _let_go(self) -> None:
+        hold, self._hold = self._hold, None
+        if hold is not None:
+            self._runs._settle(self._run, hold)
+
+
+async def _whole(talk: Talk, reply: Success) -> Success:
+    talk.dialogue.finish()
+    return reply
 
 
 class Runs:
     def __init__(self, settings: Settings, launcher: Launcher) -> None:
         self._launcher = launcher
         self._leases = Leases(settings.slots, settings.queue_length, settings.queue_timeout_seconds, settings.queue_delay_seconds)
-        self._bounds = _Bounds(
-            start_seconds=settings.start_timeout_seconds + _CHANNEL_SECONDS,
-            reply_seconds=settings.deadline_seconds + settings.grace_seconds + _CHANNEL_SECONDS,
-            reply_bytes=settings.max_reply_frame_bytes,
+        self._bounds, self._bulk_bounds = (
+            Bounds(
+                start_seconds=settings.start_timeout_seconds + _CHANNEL_SECONDS,
+                reply_seconds=deadline_seconds + settings.grace_seconds + _CHANNEL_SECONDS,
+                reply_bytes=settings.max_reply_frame_bytes,
+            )
+            for deadline_seconds in (settings.deadline_seconds, settings.bulk_deadline_seconds)
         )
+        self.reply_bytes = settings.max_reply_frame_bytes
+        """Of a reply's first frame, and of one behind rows that is longer than most."""
+        self.file_bytes = settings.instance_bytes
+        self.stream_bytes = settings.max_stream_bytes
+        """Of all frames of rows together."""
         self.queue_seconds = Durations()
         """Waits that ended with lease and slot."""
         self.run_seconds = Durations()
         """From RUN to the reply, or to whatever came instead."""
-        self._expiries = _Expiries()
+        self._expiries = Expiries()
         self._open = 0
         self._none_open = asyncio.Event()
         self._none_open.set()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._under_way: set[_Run] = set()
+        self._under_way: set[Run] = set()
         self._ticking = False
 
     @property
@@ -314,12 +308,28 @@ class Runs:
             run.hurry()
         self._launcher.hurry()
 
-    def _begin(self, instance: uuid.UUID, frame: bytes, request_id: bytes) -> _Run:
-        run = _Run(self._launcher, self._streams, self._bounds, self._expiries, instance, frame, request_id)
+    def extended(self, instance: uuid.UUID, expires_at: int) -> None:
+        """The launcher says that the instance ends at that unix second from now on."""
+        self._expiries.remember(instance, expires_at)
+
+    def _begin(self, instance: uuid.UUID, request_id: bytes, frame: bytes, flags: int, tag: bytes) -> Run:
+        run = Run(self._launcher, self._streams, self._bounds, self._expiries, instance, request_id, frame, flags, tag)
+        self._watch(run)
+        return run
+
+    def _begin_talk(self, instance: uuid.UUID, request_id: bytes, order: Order) -> Talk:
+        bounds = self._bulk_bounds if order.bulk else self._bounds
+        talk = Talk(self._launcher, self._streams, bounds, self._expiries, instance, request_id, order)
+        self._watch(talk)
+        return talk
+
+    def _watch(self, run: Run) -> None:
         self._under_way.add(run)
         if not self._ticking:
             self._tick_later()
-        return run
+
+    def _forget(self, run: Run) -> None:
+        self._under_way.discard(run)
 
     def _tick_later(self) -> None:
         self._ticking = True
@@ -333,7 +343,7 @@ class Runs:
         if self._under_way:
             self._tick_later()
 
-    def _settle(self, run: _Run | None, hold: Hold) -> None:
+    def _settle(self, run: Run | None, hold: Hold) -> None:
         if run is None:
             hold.release()
             return
@@ -342,7 +352,7 @@ class Runs:
 
         def gone() -> None:
             hold.release()
-            self._under_way.discard(run)
+            self._forget(run)
             self._open -= 1
             if self._open == 0:
                 self._none_open.set()

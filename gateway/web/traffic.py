@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from ..metrics import Durations
 
 OTHER = "other"
-METHODS = frozenset({"GET", "HEAD", "POST", "OPTIONS"})
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS"})
 
 
 class Traffic:

@@ -9,8 +9,10 @@ from .errors import (
     ApiError,
     DatabaseDamagedError,
     EngineUnavailableError,
+    FileRefusedError,
     ForbiddenSqlError,
     HostStorageLowError,
+    ImportInvalidError,
     InternalError,
     InvalidArgsError,
     InvalidSqlError,
@@ -23,14 +25,18 @@ from .errors import (
 from .runner import (
     ArgsInvalid,
     Damaged,
+    Failing,
+    Failure,
+    FileRefused,
     Forbidden,
     HostFull,
+    ImportInvalid,
     Internal,
     MemoryLimit,
     Ok,
-    Reply,
     RequestInvalid,
     SqlError,
+    StepFailed,
     StorageFull,
     Timeout,
     TooComplex,
@@ -41,35 +47,50 @@ _TOO_COMPLEX = "statement too complex"
 _CLASS_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}", re.ASCII)
 
 
-def rows_or_raise(reply: Reply) -> Ok:
+def rows_or_raise(reply: Ok | Failure) -> Ok:
     """The rows of a reply that has some; every other verdict is raised as the error it stands for."""
+    if isinstance(reply, Ok):
+        return reply
+    raise error_of(reply)
+
+
+def error_of(reply: Failing) -> ApiError:
+    """The error that a verdict by which nothing was done stands for."""
     match reply:
-        case Ok():
-            return reply
         case SqlError(message=message):
-            raise InvalidSqlError(message)
+            return InvalidSqlError(message)
         case Forbidden(message=message):
-            raise ForbiddenSqlError(message)
+            return ForbiddenSqlError(message)
         case ArgsInvalid(message=message):
-            raise InvalidArgsError(hint=message)
+            return InvalidArgsError(hint=message)
         case TooComplex(message=message):
             detail = message.removeprefix(_TOO_COMPLEX).removeprefix(": ")
-            raise TooComplexError(f": {detail}" if detail else "")
+            return TooComplexError(f": {detail}" if detail else "")
         case Timeout():
-            raise QueryTimeoutError
+            return QueryTimeoutError()
         case StorageFull():
-            raise StorageLimitError
+            return StorageLimitError()
         case HostFull():
-            raise HostStorageLowError(reason="the runner found no room on the host's disk")
+            return HostStorageLowError(reason="the runner found no room on the host's disk")
         case MemoryLimit():
-            raise MemoryLimitError
+            return MemoryLimitError()
         case Damaged():
-            raise DatabaseDamagedError
+            return DatabaseDamagedError()
+        case ImportInvalid(line=line, message=message):
+            return ImportInvalidError(message, extra={"line": line})
+        case FileRefused(message=message):
+            return FileRefusedError(message)
+        case StepFailed(step=step, failure=failure):
+            error = error_of(failure)
+            error.extra["statement"] = step
+            return error
         case Unconfined(message=message):
             # Nothing of the tenant's was read when an honest runner says this; a hostile one gets one short, escaped line.
-            raise InternalError(reason=f"runner unconfined: {message[:200]!a}")
+            return InternalError(reason=f"runner unconfined: {message[:200]!a}")
         case RequestInvalid(message=message) | Internal(message=message):
-            raise InternalError(reason=f"runner verdict {type(reply).__name__}: {_class_name(message)}")
+            return InternalError(reason=f"runner verdict {type(reply).__name__}: {_class_name(message)}")
+        case _:
+            return InternalError(reason=f"runner verdict {type(reply).__name__} out of place")
 
 
 def error_without_reply(verdict: Verdict) -> ApiError:

@@ -20,7 +20,7 @@ import uvloop
 
 from gateway.settings import Settings
 
-from . import agents, breakdown, deployments, engines, flood, machine, picture, processes, report, saturation, side_by_side
+from . import agents, breakdown, deployments, engines, flood, machine, picture, processes, regexp, report, saturation, side_by_side
 from .accounting import Accounting
 from .errors import BenchmarkError
 from .figures import Figures, Key, Ratio
@@ -76,6 +76,9 @@ async def measure(mode: str, plan: Plan, settings: Settings) -> tuple[dict[str, 
         if plan.flood:
             _say("flood")
             parts["flood"] = await flood.measure(plan, deployments.measured(settings), all_sides.tokens[0])
+        if plan.regexp_rounds:
+            _say("regexp")
+            parts["regexp"] = await regexp.measure(settings, plan.regexp_rounds)
     result = {
         "ratios": [ratio.as_json() for ratio in ratios],
         "mode": mode,

@@ -21,14 +21,13 @@ import uvloop
 from gateway.launcher.errors import UnknownInstanceError
 from gateway.launcher.registry import Registry
 from gateway.launcher.specification import runner_configuration
-from gateway.protocol import NO_REQUEST, Verdict
+from gateway.protocol import NO_REQUEST, NO_TAG, Verdict
 from gateway.settings import Settings
 from gateway.uuid7 import uuid7
 from gateway.web.app import build_app
 from gateway.web.appkeys import BREAKER, LAUNCHER, RUNS
 from gateway.web.breaker import Breaker
-from gateway.web.errors import ApiError
-from gateway.web.launcher import Launcher
+from gateway.web.launcher import Found, Launcher, RunEnd
 from gateway.web.runs import Runs
 from gateway.web.server import Server
 from runner.configuration import Configuration
@@ -47,13 +46,13 @@ class InProcessLauncher(Launcher):
         self._registry = registry
         self._configuration = Configuration.parse(runner_configuration(settings))
 
-    async def create(self, owner: bytes, request_id: bytes) -> tuple[uuid.UUID, int]:
+    async def create(self, owner: bytes, request_id: bytes, *, salvage: bool = False) -> tuple[uuid.UUID, int]:
         instance = uuid7()
         return instance, self._registry.create(instance).expires_at
 
-    async def find(self, instance: uuid.UUID, request_id: bytes = NO_REQUEST) -> int | None:
+    async def look(self, instance: uuid.UUID, request_id: bytes = NO_REQUEST) -> Found | None:
         try:
-            return self._registry.find(instance).expires_at
+            return Found(self._registry.find(instance).expires_at, False)
         except UnknownInstanceError:
             return None
 
@@ -68,8 +67,10 @@ class InProcessLauncher(Launcher):
         instance: uuid.UUID,
         passed: socket.socket,
         started: Callable[[int], None] | None,
-        over: Callable[[Verdict | ApiError], None],
+        over: Callable[[RunEnd], None],
         request_id: bytes = NO_REQUEST,
+        flags: int = 0,
+        tag: bytes = NO_TAG,
     ) -> None:
         loop = asyncio.get_running_loop()
         expires_at = self._registry.find(instance).expires_at

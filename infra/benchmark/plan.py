@@ -47,6 +47,8 @@ class Plan:
     """Of each window in which processor time is accounted for."""
     flood: float = 0.0
     """Before it a well-behaved client is measured for half of it, after it for a fifth."""
+    regexp_rounds: int = 0
+    """Of REGEXP beside the other ways to look for a text."""
 
 
 PLANS = {
@@ -60,6 +62,7 @@ PLANS = {
     "engines full": Plan(engine_rounds=7, engine_window=4, rival_window=4, tail_window=15, many_requests=100_000, breakdown=5),
     "breakdown": Plan(breakdown=3),
     "flood": Plan(flood=25),
+    "regexp": Plan(regexp_rounds=7),
     "smoke": Plan(
         rounds=1,
         side_by_side_budget=60,
@@ -81,5 +84,6 @@ PLANS = {
         crowd=50,
         crowd_seconds=5,
         breakdown=0.3,
+        regexp_rounds=1,
     ),
 }

@@ -50,6 +50,10 @@ def _lines(result: dict[str, Any]) -> Iterator[str]:
         yield f"flood: p99 of a well-behaved client {flood['p99_ratio']:g} times its quiet p99, target below {flood['target']:g}"
         for name in ("quiet", "flooded", "after", "resident_bytes", "flood"):
             yield f"  {name}: {flood[name]}"
+    if searches := result.get("regexp"):
+        yield ""
+        yield "regexp: processor time of a search in vain, µs, and how many times REGEXP's each other one is"
+        yield from _aligned(list(_searches(searches)))
     machine, docker = result["machine"], result["machine"]["docker"]
     yield ""
     yield f"{machine['cores']} × {machine['cpu']}, Linux {machine['kernel']}, {machine['file_system']}"
@@ -96,6 +100,15 @@ def _memory(memory: dict[str, Any]) -> Iterator[str]:
         rows.append((f"{name.removesuffix('_bytes')}, not counted", *cells))
     yield from _aligned(rows)
     yield f"  {memory['requests_between']} requests between before and after"
+
+
+def _searches(searches: Sequence[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
+    others = ("re", "LIKE", "GLOB")
+    yield "pattern", "characters", "REGEXP", *(cell for name in others for cell in (name, "times"))
+    for search in searches:
+        times = (cell for name in others for cell in (search["us"].get(name), search["ratios"].get(f"{name} / REGEXP")))
+        cells = ("" if cell is None else f"{cell:g}" for cell in times)
+        yield search["pattern"], f"{search['characters']}", f"{search['us']['REGEXP']:g}", *cells
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:

@@ -4,6 +4,7 @@ The order is one JSON object in argv[1]; the report is one JSON object on standa
 
     attempts   names from attempts.py, tried in turn
     steps      names from runner.confine.STEPS to apply before; absent means all
+    kind       what it is confined for, as for runner.configuration.Kind
     fork       true: each attempt has a child of its own, which applies the steps and then tries; the container's profile must
                allow fork. The report holds an outcome for each attempt: "done", an errno's name, a signal's name, another
                exception's traceback, or "refused: …" when a step raised.
@@ -30,8 +31,9 @@ sys.path.append("/opt/mayfly")
 from attempts import ATTEMPTS, Scene
 
 from runner import confine
+from runner.configuration import Kind
 
-CONFIGURATION = {"instance_bytes": 10 << 20, "nofile": 64, "min_landlock_abi": 3, "deadline_ms": 2000}
+CONFIGURATION = {"instance_bytes": 10 << 20, "nofile": 64, "min_landlock_abi": 3, "deadline_ms": 2000, "bulk_deadline_ms": 9000}
 
 
 def lay_out(volume: str) -> None:
@@ -54,9 +56,8 @@ def lay_out(volume: str) -> None:
 def apply(order: dict, scene: Scene) -> confine.Facts:
     wanted = order.get("steps")
     steps = [step for step in confine.STEPS if wanted is None or step[0] in wanted]
-    return confine.apply(
-        steps, confine.Order(SimpleNamespace(**CONFIGURATION | order.get("configuration", {})), scene.start_thread)
-    )
+    configuration = SimpleNamespace(**CONFIGURATION | order.get("configuration", {}))
+    return confine.apply(steps, confine.Order(configuration, scene.start_thread, Kind(**order.get("kind", {}))))
 
 
 def try_one(name: str, scene: Scene) -> str:

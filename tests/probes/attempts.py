@@ -92,6 +92,27 @@ def read_write_and_truncate_both_files(scene: Scene) -> None:
         os.close(descriptor)
 
 
+def write_the_database(scene: Scene) -> None:
+    write_by_path(confine.FILES[0])
+
+
+def write_the_journal(scene: Scene) -> None:
+    write_by_path(confine.FILES[1])
+
+
+def write_by_path(path: str) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    os.write(descriptor, b"written")
+    os.close(descriptor)
+
+
+def read_both_files(scene: Scene) -> None:
+    for path in confine.FILES:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        os.read(descriptor, 100)
+        os.close(descriptor)
+
+
 # --- the file system
 
 

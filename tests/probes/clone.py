@@ -20,6 +20,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NoReturn
 
 sys.path += ["/opt/mayfly", "/opt/mayfly/probes"]
@@ -27,7 +28,7 @@ sys.path += ["/opt/mayfly", "/opt/mayfly/probes"]
 import compromised
 import conformance
 import layers
-from attempts import call
+from attempts import call, read_both_files, write_the_database, write_the_journal
 
 from runner import child, cloning, confine, main, syscalls, zygote
 from runner.database import Database, hold
@@ -76,11 +77,18 @@ LEFT_OUT: dict[str, Callable[[], None]] = {
 class Life:
     """One child's: its order, and the steps it has before it."""
 
-    def __init__(self, database: Database, operations: dict[str, tuple[Any, ...]], cgroup: dict[str, Any]) -> None:
-        self.database = database
+    database: Database
+    read_only: bool
+
+    def __init__(self, operations: dict[str, tuple[Any, ...]], cgroup: dict[str, Any]) -> None:
         self.order: dict[str, Any] = {}
         self.cgroup = cgroup
         self._operations = operations
+
+    def become(self, life: child.Life, operations: dict[str, tuple[Any, ...]]) -> None:
+        """What the command makes of it: the steps that are still to come."""
+        self.database, self.read_only = life.database, life.read_only
+        self._operations = {name: acts for name, acts in operations.items() if name != "run"}
 
     def take(self, *names: str) -> None:
         for name in names:
@@ -148,7 +156,7 @@ def layer(life: Life) -> Any:
 def ask(life: Life) -> Any:
     """`sql`, in a child that has taken every step."""
     life.take_all()
-    hold(child.DATABASE)
+    hold(child.DATABASE, life.read_only)
     reply = run_prepared(Request(life.order["sql"], None, False), life.database, lambda: False)
     return json.loads(reply)["rows"]
 
@@ -160,6 +168,20 @@ def ask_early(life: Life) -> Any:
         return json.loads(run_prepared(Request(life.order["sql"], None, False), life.database, lambda: False))
     except Exception as error:
         return verdict_of(error, None, 0).verdict
+
+
+def write_by_sql(life: Life) -> dict[str, str]:
+    """After the named steps, which are to leave a descriptor of the database that can write: what becomes of an INSERT."""
+    life.take_the_volume()
+    life.take_named()
+    if os.open(confine.FILES[0], os.O_RDWR | os.O_CLOEXEC) != child.DATABASE:
+        raise OSError("the descriptor is another")
+    try:
+        run_prepared(Request("INSERT INTO t VALUES (3)", None, False), life.database, lambda: False)
+    except Exception as error:
+        verdict = verdict_of(error, None, 0)
+        return {"outcome": f"{verdict.verdict}: {verdict.message}"}
+    return {"outcome": "done"}
 
 
 def draw(life: Life) -> Any:
@@ -239,7 +261,7 @@ ORDERS: dict[str, Callable[[Life], Any]] = {
     **dict.fromkeys(("eat", "multiply", "breed", "burn"), as_in_conformance),
     **{
         order.__name__: order
-        for order in (survey, attack, layer, ask, ask_early, draw, mark, idle, attempt, linger, come_back, throw, die)
+        for order in (survey, attack, layer, ask, ask_early, write_by_sql, draw, mark, idle, attempt, linger, come_back, throw, die)
     },
 }
 
@@ -331,6 +353,10 @@ def execute_from_the_volume() -> None:
     os.execv("/data/db.sqlite", ["/data/db.sqlite"])
 
 
+def write_by_the_databases_descriptor() -> None:
+    os.pwrite(child.DATABASE, b"written", 0)
+
+
 def have_a_child() -> None:
     child = layers.fork()
     if not child:
@@ -357,25 +383,30 @@ ATTEMPTS: dict[str, Callable[[], None]] = {
         unmount_the_volume, uncover_what_is_below_the_root, read_the_zygotes_orders, take_the_next_childs_run,
         say_that_a_run_is_taken, read_the_image, read_the_slots_proc, reach_the_slots_socket, leave_something_for_the_next,
         find_what_was_left, unshare_a_user_namespace, execute_from_the_volume, have_a_child,
-        open_a_local_socket, signal_itself, see_its_limits,
+        open_a_local_socket, signal_itself, see_its_limits, write_by_the_databases_descriptor,
     )
+} | {
+    attempt.__name__: partial(attempt, None) for attempt in (read_both_files, write_the_database, write_the_journal)
 }  # fmt: skip
 
 
 # --- in production's place
 
 
-def serve_orders(
-    database: Database, inbox: child.Inbox, plan: tuple[Any, ...], facts: confine.Facts, build: Any
-) -> Callable[[], None]:
+def by_step(plan: tuple[Any, ...]) -> dict[str, tuple[Any, ...]]:
+    return {name: tuple(act for act in plan if act[2] == name) for name, _ in child.STEPS}
+
+
+def serve_orders(inbox: child.Inbox, waiting: tuple[Any, ...], lives: dict[int, child.Life], build: Any) -> Callable[[], None]:
     """What stands in the place of runner.child.child."""
-    operations = {name: tuple(operation for operation in plan if operation[2] == name) for name, _ in child.STEPS}
+    plans = {command: by_step(waiting + life.plan) for command, life in lives.items()}
     cgroup = conformance.cgroup()
 
     def serve() -> None:
-        life = Life(database, operations, cgroup)
+        life = Life(dict(plans[0]), cgroup)
         try:
             life.take("run")
+            life.become(lives[inbox.packet[1]], plans[inbox.packet[1]])
             life.order = json.loads(conformance.read_line())
             write(json.dumps(ORDERS[life.order["do"]](life)).encode())
         except ComeBack:

@@ -31,8 +31,9 @@ from runner import confine, database, syscalls
 from runner.configuration import Configuration
 from runner.execute import run_request
 from runner.failures import verdict_of
+from runner.frames import read_frame
 from runner.watchdog import Watchdog
-from runner.wire import Request, read_frame
+from runner.wire import Request
 
 DATABASE, _ = confine.FILES
 MOST_BYTES = 1 << 20
@@ -206,7 +207,7 @@ def report(found: Any) -> NoReturn:
 
 
 def read_order(configuration: Configuration) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(read_frame(0, configuration.max_request_bytes) if sys.argv[1] == "serve" else sys.argv[1])
+    found: dict[str, Any] = json.loads(read_frame(0, configuration.max_request_bytes)[0] if sys.argv[1] == "serve" else sys.argv[1])
     return found
 
 

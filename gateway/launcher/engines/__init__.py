@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ...protocol import Verdict
-from ..specification import Command
+from ...settings import Settings
+from ..specification import BULK, Command
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +22,11 @@ class EngineFacts:
     version: str
     runtime: str
     image_id: str
+
+
+def kill_after_seconds(settings: Settings, command: Command) -> float:
+    """From the beginning of a run to its kill, deadline and grace together."""
+    return (settings.bulk_deadline_seconds if command in BULK else settings.deadline_seconds) + settings.grace_seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +88,11 @@ class Engine(Protocol):
         """Give the instance a container whose only way to the world is `caller`, and return how it ended.
 
         It is the container that `prepare` made, if that one lives, and otherwise a new one. One that was prepared and turns out to
-        be dead before a byte of the request has reached it is replaced, and the caller sees nothing of it.
+        be dead before a byte of the request has reached it is replaced, and the caller sees nothing of it. What is prepared is
+        prepared for `serve`: with any other command nothing may wait for the instance, the caller has discarded it.
 
         The socket is the engine's from now on, and closed in every case, at the latest when the container is gone. `started` is
-        called at most once, when the container runs and holds the socket. A container is killed at deadline plus grace, counted
+        called at most once, when the container runs and holds the socket. A container is killed at its deadline plus grace, counted
         from the first byte of the request or, where the engine never sees that, from the moment at which it got the socket; or
         soon after the caller has closed its end, if it does not end by itself meanwhile.
         Cancelling kills the container; CancelledError is raised after it is gone. Raises EngineError if no container started.

@@ -12,13 +12,13 @@ from contextlib import AbstractAsyncContextManager, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from ...protocol import Verdict
 from ...settings import Settings
 from ..errors import ContainerRefusedError, DeadContainerError, EngineDownError, EngineError, RefusedError
-from ..specification import LABEL_DEPLOYMENT, LABEL_INSTANCE, Command, container_specification
-from . import EngineFacts, SlotFigures, daemon
+from ..specification import BULK, LABEL_DEPLOYMENT, LABEL_INSTANCE, Command, container_specification
+from . import EngineFacts, SlotFigures, daemon, kill_after_seconds
 from .completion import to_the_end
 from .relay import End, HangUp, Relay, RelayLimits
 from .starts import Starts, cores
@@ -98,12 +98,7 @@ class DockerEngine:
         self._settings = settings
         self._deployment = deployment
         self._seccomp_profile = seccomp_profile
-        self._limits = RelayLimits(
-            request_bytes=settings.max_request_frame_bytes + _FRAME_HEADER_BYTES,
-            reply_bytes=settings.max_reply_frame_bytes + _FRAME_HEADER_BYTES + _EXCESS_BYTES,
-            kill_after_seconds=settings.deadline_seconds + settings.grace_seconds,
-            idle_seconds=settings.start_timeout_seconds,
-        )
+        self._limits = {command: _relay_limits(settings, command) for command in get_args(Command)}
         # Each run holds at most one thread at a time, each pending removal another, each start that nobody waits for a third;
         # sweep and ping come on top.
         self._daemon = daemon.Daemon(
@@ -133,8 +128,9 @@ class DockerEngine:
         started: Callable[[], None],
         command: Command = "serve",
     ) -> Verdict:
-        run = _Run(caller, self._limits, started)
-        return await to_the_end(self._run(run, _Container(instance, self._body(instance, volume, command))), run.cancel)
+        run = _Run(caller, self._limits[command], started)
+        new = _Container(instance, self._body(instance, volume, command))
+        return await to_the_end(self._run(run, new, command), run.cancel)
 
     def spare_turn(self) -> AbstractAsyncContextManager[None]:
         return self._starts.spare()
@@ -168,9 +164,9 @@ class DockerEngine:
     def _body(self, instance: uuid.UUID, volume: str, command: Command) -> dict[str, Any]:
         return container_specification(self._settings, instance, Path(volume), self._deployment, self._seccomp_profile, command)
 
-    async def _run(self, run: _Run, new: _Container) -> Verdict:
+    async def _run(self, run: _Run, new: _Container, command: Command) -> Verdict:
         with closing(run), self._starts.serving():
-            if (prepared := self._take(new.instance)) is not None:
+            if command == "serve" and (prepared := self._take(new.instance)) is not None:
                 try:
                     return await self._until_gone(prepared, self._serve_prepared(prepared, run))
                 except DeadContainerError as error:
@@ -333,6 +329,19 @@ class DockerEngine:
         labels = {LABEL_DEPLOYMENT: self._deployment, LABEL_INSTANCE: str(container.instance)}
         for item in await self._daemon.call(partial(daemon.labelled, labels=labels)):
             await self._daemon.destroy(item["Id"])
+
+
+def _relay_limits(settings: Settings, command: Command) -> RelayLimits:
+    """Nothing is read here, so these are caps on whatever may come: an upload of a bulk run, a file or a stream of any."""
+    upload_bytes = settings.instance_bytes if command in BULK else 0
+    # Rows are counted without what stands between them.
+    behind_bytes = max(settings.instance_bytes, 2 * settings.max_stream_bytes)
+    return RelayLimits(
+        request_bytes=_FRAME_HEADER_BYTES + settings.max_request_frame_bytes + upload_bytes,
+        reply_bytes=_FRAME_HEADER_BYTES + settings.max_reply_frame_bytes + behind_bytes + _EXCESS_BYTES,
+        kill_after_seconds=kill_after_seconds(settings, command),
+        idle_seconds=settings.start_timeout_seconds,
+    )
 
 
 def _short(container: _Container) -> str:

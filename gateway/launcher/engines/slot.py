@@ -25,7 +25,7 @@ MAX_TEXT_BYTES = 32 << 10
 HEADER = struct.Struct("!BBHI")
 REPORT = struct.Struct("!BBHIi")
 _DESCRIPTORS = struct.Struct("2i")
-_COMMANDS: dict[Command, int] = {"serve": 0, "selftest": 1}
+_COMMANDS: dict[Command, int] = {"serve": 0, "selftest": 1, "serve-read": 2, "serve-bulk": 4, "serve-bulk-read": 6}
 _KILLED_FOR_MEMORY = 1
 _KILL_PATIENCE_SECONDS = 5.0  # from KILL to ENDED; a child that waits for a slow disk dies when the disk has answered
 

@@ -16,13 +16,14 @@ import uuid
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
+from typing import get_args
 
 from ...protocol import Verdict
 from ...settings import Settings
 from ..errors import ContainerRefusedError, EngineDownError, RefusedError
 from ..mounts import detached
-from ..specification import Command
-from . import EngineFacts, SlotFigures, host
+from ..specification import READ_ONLY, Command
+from . import EngineFacts, SlotFigures, host, kill_after_seconds
 from .completion import to_the_end
 from .slot import Run, Slot
 from .slot_containers import SlotContainers
@@ -43,7 +44,7 @@ class ZygoteEngine:
     def __init__(self, settings: Settings, containers: SlotContainers) -> None:
         self._settings = settings
         self._containers = containers
-        self._kill_after_seconds = settings.deadline_seconds + settings.grace_seconds
+        self._kill_after_seconds = {command: kill_after_seconds(settings, command) for command in get_args(Command)}
         self._slots = Slots(settings, containers, freed=self._free, lost=self._forget, hopeless=self._give_up)
         self._idle: deque[Slot] = deque()
         self._waiters: deque[asyncio.Future[Slot]] = deque()
@@ -162,12 +163,12 @@ class ZygoteEngine:
 
     def _hand_over(self, slot: Slot, run: Run, volume: str, command: Command) -> bool:
         try:
-            mount = detached(volume)
+            mount = detached(volume, read_only=command in READ_ONLY)
         except OSError as error:
             self._free(slot)
             raise ContainerRefusedError(f"no mount of the volume: {error.strerror}") from error
         try:
-            return slot.hand_over(run, mount, command, self._kill_after_seconds)
+            return slot.hand_over(run, mount, command, self._kill_after_seconds[command])
         finally:
             os.close(mount)
 
