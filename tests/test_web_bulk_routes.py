@@ -18,7 +18,19 @@ from gateway.protocol import Verb, Verdict
 from gateway.web.appkeys import ACCESS_LOG, ANSWERS, BULK_GATE, ROOM, RUNS, TRAFFIC
 
 from .calling import call, content
-from .fake_launcher import FakeRun, answering, assert_error, frame, gateway, ok, replying, rows_reply, until, verdict
+from .fake_launcher import (
+    EVERY_TEST_SECONDS,
+    FakeRun,
+    answering,
+    assert_error,
+    frame,
+    gateway,
+    ok,
+    replying,
+    rows_reply,
+    until,
+    verdict,
+)
 
 IMPORTED = {"table": "t", "created": True, "columns": [["a", "INTEGER"]], "rows": 2}
 SCHEMA = {
@@ -301,7 +313,8 @@ async def test_a_run_that_dies_in_the_middle_ends_with_a_trailer_and_closes_the_
 ):
     token = await web.token()
     web.launcher.script = replying(verdict("rows", columns=["n"]) + frame(b"[[1],[2]]") + end, died)
-    answer = await web.raw(asking_for_lines(token))
+    # An idle connection would be closed ten seconds later.
+    answer = await asyncio.wait_for(web.raw(asking_for_lines(token)), EVERY_TEST_SECONDS)
     assert answer.startswith(b"HTTP/1.1 200 ")
     assert answer.endswith(b"\r\n0\r\n\r\n")
     trailer = json.loads(answer.split(b"\r\n")[-4])
