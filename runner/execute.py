@@ -40,6 +40,7 @@ _BLANK = re.compile(r"(?>[ \t\r\n\f;]++|--[^\n]*+|/\*(?s:(?>.*?\*/|.*)))*+")
 
 _CHANGES = frozenset({apsw.SQLITE_INSERT, apsw.SQLITE_UPDATE, apsw.SQLITE_DELETE})
 LEFT_OPEN = "transaction left open; it was rolled back"
+NAMES_TOO_LONG = "the names of the columns are too long"
 _ALTER_TABLE = apsw.SQLITE_ALTER_TABLE
 
 
@@ -112,7 +113,7 @@ def execute(database: Database, request: Request, expired: Expired) -> bytes:
         reply = encode_result(script.columns, script.rows, script.rows_affected, script.truncated)
         script.check_time()
         if len(reply) > database.configuration.max_reply_bytes:
-            raise VerdictError(Verdict.SQL_ERROR, "the names of the columns are too long")
+            raise VerdictError(Verdict.SQL_ERROR, NAMES_TOO_LONG)
         return reply
     except Exception as error:
         raise script.explain(error) from error

@@ -129,19 +129,20 @@ def _accept(path: str, operation: Operation, configuration: Configuration, expir
     from . import upload
 
     done = upload.accept(path, operation.upload, configuration, expired)
-    return encode_reply(done.pop("verdict"), done)
+    verdict = done.pop("verdict")
+    return _report(done["report"], configuration) if verdict == Verdict.REPORT else encode_reply(verdict, done)
 
 
 def _verify(path: str, operation: Operation, configuration: Configuration, expired: Expired, outbox: Outbox) -> Reply:
     from . import verify
 
-    return _report(verify.report(path, configuration, expired))
+    return _report(verify.report(path, configuration, expired), configuration)
 
 
 def _salvage(path: str, operation: Operation, configuration: Configuration, expired: Expired, outbox: Outbox) -> Reply:
     from . import salvage
 
-    return _report(salvage.salvage(path, configuration, expired))
+    return _report(salvage.salvage(path, configuration, expired), configuration)
 
 
 def _verify_file(path: str, operation: Operation, configuration: Configuration, expired: Expired, outbox: Outbox) -> Reply:
@@ -155,13 +156,17 @@ def _salvage_file(path: str, operation: Operation, configuration: Configuration,
     _put(path, operation.upload)
     report = salvage.salvage(path, configuration, expired)
     if not report["ok"]:
-        return _report(report)
-    export.send_file(path, expired, outbox, before=framed(_report(report)))
+        return _report(report, configuration)
+    export.send_file(path, expired, outbox, before=framed(_report(report, configuration)))
     return None
 
 
-def _report(report: Mapping[str, Any]) -> bytes:
-    return encode_reply(Verdict.REPORT, {"report": report})
+def _report(report: Mapping[str, Any], configuration: Configuration) -> bytes:
+    """What is too long for a reply is cut, and `more_findings` says so."""
+    while len(reply := encode_reply(Verdict.REPORT, {"report": report})) > configuration.max_reply_bytes:
+        halves = {name: report[name][: len(report[name]) // 2] for name in ("findings", "tables", "objects_lost")}
+        report = {**report, **halves, "more_findings": True}
+    return reply
 
 
 def _put(path: str, content: bytes) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from .execute import LEFT_OPEN, Script
+from .execute import LEFT_OPEN, NAMES_TOO_LONG, Script
 from .frames import framed
 from .wire import ResultFullError, RowEncoder, Verdict, VerdictError, encode_rows_end, encode_rows_head
 
@@ -24,6 +24,8 @@ _FULL_BYTES = 1 << 16
 """A frame is sent when it has this many: enough to pay for its system call, and little enough not to be waited for."""
 _MOST_BYTES = 1 << 18
 """No frame of more than one row is longer."""
+_HEAD_BYTES = 1 << 10
+"""More than the head has beside the names."""
 
 
 def stream(database: Database, request: Request, expired: Expired, outbox: Outbox) -> bytes:
@@ -65,6 +67,8 @@ class _Stream(Script):
         if not (self._is_last and self._has_rows):
             super()._fetch(cursor)
             return
+        if self.columns is not None and len(self.columns) + _HEAD_BYTES > self._configuration.max_reply_bytes:
+            raise VerdictError(Verdict.SQL_ERROR, NAMES_TOO_LONG)
         self.rows = []
         try:
             self._fetch_and_send(cursor)

@@ -97,11 +97,11 @@ class _Description:
             }
 
     def _rows_or_none(self, sql: str, *arguments: str) -> list[tuple[Any, ...]] | None:
-        """None where the table alone is to blame: a virtual one whose module is not there, or whose own tables do not fit."""
+        """None where the table alone is to blame: a virtual one whose module is not there, or a name that is not UTF-8."""
         try:
             return self._rows(sql, *arguments)
         except Exception as error:
-            if explained(self._database, error).verdict is not Verdict.SQL_ERROR:
+            if explained(self._database, error).verdict not in (Verdict.SQL_ERROR, Verdict.ARGS_INVALID):
                 raise
             return None
 

@@ -27,6 +27,7 @@ BELOW_ALL, MOST = -(1 << 63) - 1, (1 << 63) - 1
 """Around every rowid: one less than the least, and the greatest."""
 MAX_FINDINGS = 100
 MAX_CHARACTERS = 300
+_CONTROLS = dict.fromkeys((*range(32), 127), "\N{REPLACEMENT CHARACTER}")
 _SCHEMA_FIELDS = 5
 _MOST_ENTRIES = 8_000
 _MOST_INDEXED = 500_000
@@ -67,8 +68,8 @@ class Findings:
 
 
 def printable(text: str) -> str:
-    """What may be shown of a name or a message."""
-    return text[:MAX_CHARACTERS].encode("utf-8", "replace").decode("utf-8")
+    """What may be shown of a name or a message: no half of a surrogate pair, and no control character, each six bytes of JSON."""
+    return text[:MAX_CHARACTERS].translate(_CONTROLS).encode("utf-8", "replace").decode("utf-8")
 
 
 class Entry:

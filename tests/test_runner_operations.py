@@ -57,6 +57,16 @@ def ended(rows_affected: int = 0, stopped: str | None = None, message: str | Non
     return {"rows_affected": rows_affected, "stopped": stopped, "message": message}
 
 
+def test_M10_names_of_columns_that_no_frame_may_hold_are_refused(tenant):
+    tenant.limited(max_result_bytes=10_000)
+    assert tenant.run(f'CREATE TABLE u("{"n" * 80_000}")')["verdict"] == "ok"
+    assert rows(tenant, "SELECT * FROM u").rows == []
+    assert refused(tenant, "SELECT * FROM u, u AS v") == {
+        "verdict": "sql_error",
+        "message": "the names of the columns are too long",
+    }
+
+
 def test_all_rows_come_in_frames_of_a_bounded_size(tenant):
     tenant.limited(max_rows=10, max_result_bytes=1024)
     sql = f"{COUNT.format(5000)} SELECT x, hex(zeroblob(100)) AS z FROM c"
@@ -566,6 +576,25 @@ def test_a_file_is_accepted_verified_and_salvaged(tenant, tmp_path_factory):
     assert (report["kind"], report["ok"], report["findings"]) == ("verify", True, [])
     assert other.perform("accept", b"x" * 5000)["report"]["ok"] is False
     assert other.perform("salvage")["report"]["kind"] == "salvage"
+
+
+def test_M10_a_report_is_never_longer_than_a_reply(tenant):
+    tenant.limited(max_result_bytes=1024)
+    tables = ";".join(
+        f'CREATE TABLE "t{number}{chr(1) * 290}"(a); CREATE INDEX i{number} ON "t{number}{chr(1) * 290}"(a)'
+        for number in range(150)
+    )
+    assert tenant.run(tables)["verdict"] == "ok"
+    content = bytearray(tenant.path.read_bytes())
+    for page in range(len(content) // 4096 // 2, len(content) // 4096):
+        content[page * 4096] = 77
+    tenant.path.write_bytes(content)
+    for op in ("verify", "salvage"):
+        stream = tenant.stream(op)
+        assert len(stream) <= tenant.configuration.max_reply_bytes + 4
+        report = json.loads(stream[4:])["report"]
+        assert chr(1) not in json.dumps(report, ensure_ascii=False)
+    assert report["more_findings"]
 
 
 # --- reading alone

@@ -257,7 +257,9 @@ def test_what_belongs_to_the_file_is_kept():
 
 def test_rows_that_break_a_constraint_are_counted():
     data = made(
-        "CREATE TABLE t(a INT CHECK (a < 5), b TEXT); PRAGMA ignore_check_constraints = 1; INSERT INTO t VALUES (1, 'x'), (9, 'y');"
+        "CREATE TABLE t(a INT CHECK (a > 5), b TEXT); PRAGMA ignore_check_constraints = 1;"
+        "INSERT INTO t VALUES (1, 'x'), (NULL, 'y');"
+        "PRAGMA writable_schema = 1; UPDATE sqlite_schema SET sql = 'CREATE TABLE t(a INT NOT NULL CHECK (a > 5), b TEXT)'"
     )
     report, rows = recovered_rows(data)
     assert {finding["code"] for finding in report["findings"]} == {"constraint"}

@@ -83,7 +83,12 @@ def test_each_kind_of_damage_has_its_code(name, kind, code):
     ("script", "change", "code", "name"),
     [
         ("CREATE TABLE t(a)", "UPDATE sqlite_schema SET sql = 'CREATE TABLE t('", "schema", "t"),
-        ("CREATE TABLE t(a CHECK (a > 1)); PRAGMA ignore_check_constraints = 1", "INSERT INTO t VALUES (0)", "constraint", "t"),
+        (
+            "CREATE TABLE t(a); INSERT INTO t VALUES (NULL)",
+            "UPDATE sqlite_schema SET sql = 'CREATE TABLE t(a NOT NULL)'",
+            "constraint",
+            "t",
+        ),
         (
             "CREATE TABLE t(a); CREATE INDEX i ON t(a)",
             "UPDATE sqlite_schema SET sql = 'CREATE INDEX i ON t(-a)' WHERE name = 'i'",
@@ -107,6 +112,12 @@ def test_what_only_sqlite_sees_names_the_object(script, change, code, name):
     connection.execute(change)
     found = report_of(connection.serialize("main"), CONFIGURATION, never)
     assert (code, name) in {(finding["code"], finding["object"]) for finding in found["findings"]}
+
+
+def test_a_row_that_breaks_a_check_is_no_damage():
+    connection = apsw.Connection(":memory:")
+    connection.execute("CREATE TABLE t(a CHECK (a > 1)); PRAGMA ignore_check_constraints = 1; INSERT INTO t VALUES (0)")
+    assert report_of(connection.serialize("main"), CONFIGURATION, never)["ok"]
 
 
 def test_the_same_bytes_give_the_same_report_and_no_more_than_a_hundred_findings():

@@ -9,6 +9,7 @@ import asyncio
 import hashlib
 import json
 import random
+import sqlite3
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
@@ -138,3 +139,17 @@ async def test_D1_a_damaged_upload_leaves_the_instance_that_it_should_have_repla
             if response.status == 400:
                 assert hashlib.sha256(await content()).digest() == hashlib.sha256(held).digest(), name
         held = await content()
+
+
+async def test_a_table_whose_name_is_not_utf_8_does_not_hide_the_others(caller: Client) -> None:
+    odd = sqlite3.connect(":memory:")
+    odd.executescript(
+        "CREATE TABLE t(a); CREATE TABLE odd(a); PRAGMA writable_schema = 1; UPDATE sqlite_schema SET name = CAST(x'6fff64' AS TEXT),"
+        " tbl_name = CAST(x'6fff64' AS TEXT), sql = CAST(x'435245415445205441424c45206fff64286129' AS TEXT) WHERE name = 'odd'"
+    )
+    async with caller.http.put(f"{caller.url}/db", data=odd.serialize()) as response:
+        assert response.status == 201
+        session = {"X-Walkin-Session": response.headers["X-Walkin-Session"]}
+    async with caller.http.get(f"{caller.url}/schema", headers=session) as response:
+        tables = {table["name"]: table["rows"] for table in (await response.json())["tables"]}
+    assert tables == {"t": 0, "o\ufffdd": None}

@@ -284,7 +284,7 @@ async def test_a_body_is_held_by_its_loan_byte_for_byte_whether_it_came_with_its
 
 
 async def test_a_body_beyond_its_limit_or_its_room_is_refused_while_it_arrives():
-    for room, max_bytes, error in ((Room(), 5, BodyTooLargeError), (Room(9), 10, OverloadedError)):
+    for room, max_bytes, error in ((Room(), 5, BodyTooLargeError), (Room(9, share=1), 10, OverloadedError)):
         upload = Upload(room=room)
         reading = upload.read(60.0, max_bytes)
         upload.content.feed_data(b"abc")
@@ -294,18 +294,19 @@ async def test_a_body_beyond_its_limit_or_its_room_is_refused_while_it_arrives()
             await reading
 
 
-@pytest.mark.parametrize(
-    ("declared", "received", "mebibytes"),
-    [(None, 0, 1), (100, 10, 1), (3 * MIB, 10, 3), (None, 2 * MIB, 2), (1 << 60, 10, 10), (MIB, MIB - 1, 1)],
-)
-async def test_a_body_has_its_time_for_each_mebibyte_declared_or_come(declared, received, mebibytes):
-    loop, seconds = asyncio.get_running_loop(), 0.05
-    upload = Upload(declared)
-    upload.content.feed_data(bytes(received))
+async def test_a_body_has_its_time_for_each_mebibyte_and_none_saves_any_up():
+    loop, seconds = asyncio.get_running_loop(), 0.4
+    upload = Upload(9 * MIB)
+    upload.content.feed_data(bytes(8 * MIB))
     began = loop.time()
+    reading = upload.read(seconds)
+    await asyncio.sleep(seconds / 2)
+    upload.content.feed_data(bytes(10))  # the ninth is begun
+    resumed = loop.time()
     with pytest.raises(RequestTimeoutError):
-        await upload.read(seconds)
-    assert loop.time() - began >= seconds * mebibytes - 0.01
+        await reading
+    assert loop.time() - resumed >= seconds - 0.01
+    assert loop.time() - began < 8 * seconds
 
 
 async def test_a_trickle_gets_no_more_time_than_one_piece():

@@ -11,6 +11,7 @@ import pytest
 
 from gateway.web.bulk import MAX_WAITING, BulkGate
 from gateway.web.errors import OverloadedError
+from gateway.web.room import SHARE
 
 from .fake_launcher import TEST_SETTINGS
 
@@ -86,21 +87,33 @@ async def test_who_came_first_goes_in_first():
     await first.leave()
 
 
-async def test_an_address_has_no_more_places_than_it_leaves_free_and_all_together_so_many():
+async def test_passages_go_round_the_addresses():
     doors = gate(2)
     (first,) = await visits(doors, A)
-    waiting = await visits(doors, *[A] * (MAX_WAITING // 2))
+    waiting = await visits(doors, A, A, B, B, C)
+    inside, entered = first, []
+    for _ in waiting:
+        await inside.leave()
+        (inside,) = (visit for visit in waiting if visit.inside)
+        entered.append(waiting.index(inside))
+    await inside.leave()
+    assert entered == [2, 4, 0, 3, 1]
+
+
+async def test_an_address_has_a_seventh_of_the_places_that_it_leaves_free_and_all_together_so_many():
+    doors = gate(2)
+    (first,) = await visits(doors, A)
+    waiting = await visits(doors, *[A] * (MAX_WAITING // (SHARE + 1)))
     (refused,) = await visits(doors, A)
     with pytest.raises(OverloadedError) as told:
         await refused.task
     assert int(told.value.headers["Retry-After"]) >= 1
-    while doors.waiting < MAX_WAITING:
+    while doors.waiting + SHARE < MAX_WAITING:
         waiting += await visits(doors, f"198.51.100.{doors.waiting}")
     (refused,) = await visits(doors, B)
     with pytest.raises(OverloadedError):
         await refused.task
-    for visit in (first, *waiting):
-        await visit.leave()
+    await asyncio.gather(*(visit.leave() for visit in (first, *waiting)))
     assert doors.waiting == 0
 
 

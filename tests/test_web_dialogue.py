@@ -414,7 +414,7 @@ async def test_a_file_without_room_for_it_is_refused_and_its_run_ended(stage):
         run.ended(Verdict.CANCELLED)
 
     stage.peer.script = script
-    stage.room = Room(1999)
+    stage.room = Room(1999, share=1)
     with loan(stage) as held:
         async with stage.turn() as turn:
             with pytest.raises(OverloadedError):
@@ -460,7 +460,7 @@ async def test_a_runner_that_has_said_everything_leaves_its_slot_while_its_calle
 
 async def test_M9_without_room_the_runner_waits_for_the_reader_and_what_is_held_is_the_loan(stage):
     stage.peer.script = answering({"rows": rows_reply(["a", "b"], *FRAMES)})
-    stage.room = Room(2_000_000)
+    stage.room = Room(2_000_000, share=1)
     with loan(stage) as held:
         async with stage.turn() as turn:
             stream = await turn.rows(ROWS, held)
@@ -478,7 +478,7 @@ async def test_M9_without_room_the_runner_waits_for_the_reader_and_what_is_held_
 
 
 async def test_a_stream_has_its_reserve_before_anything_runs_or_is_refused(stage):
-    stage.room = Room(2 * FRAME_BYTES)
+    stage.room = Room(2 * FRAME_BYTES, share=1)
     with loan(stage) as held:
         async with stage.turn() as turn:
             with pytest.raises(OverloadedError):
@@ -488,7 +488,7 @@ async def test_a_stream_has_its_reserve_before_anything_runs_or_is_refused(stage
 
 async def test_a_row_that_there_is_no_room_for_ends_the_stream(stage):
     stage.peer.script = answering({"rows": rows_reply(["a"], [["x" * 1_500_000]])})
-    stage.room = Room(2_000_000)
+    stage.room = Room(2_000_000, share=1)
     with loan(stage) as held:
         async with stage.turn() as turn:
             stream = await turn.rows(ROWS, held)

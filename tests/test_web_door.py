@@ -383,7 +383,7 @@ async def test_who_reads_a_little_of_a_streamed_answer_now_and_then_gets_no_more
         assert b'"complete":true' in await quick.rest()
 
 
-async def test_a_large_answer_has_its_time_for_each_mebibyte_that_was_begun(tmp_path, callers, monkeypatch):
+async def test_a_large_answer_has_its_time_for_each_mebibyte_of_it(tmp_path, callers, monkeypatch):
     async with gateway(tmp_path, answer_seconds=100.0) as web:
         web.launcher.script = answering({"rows": rows_reply(["a"], *STREAMED), "": ok(["a"], [["x" * 1000]] * 1900)})
         door(web).sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
@@ -665,7 +665,7 @@ async def test_a_connection_goes_on_behind_a_body_of_any_size(tmp_path, callers,
 
 async def test_what_waits_for_a_slot_counts_until_it_has_run(tmp_path, callers):
     async with gateway(tmp_path, slots=1) as web:
-        web.app._state[ROOM] = room = Room(100_000)
+        web.app._state[ROOM] = room = Room(100_000, share=1)
         finish = asyncio.Event()
         web.launcher.script = replying_after(finish)
         body = b'{"sql":"SELECT 1 /*%b*/"}' % (b"x" * 15_000)
@@ -690,7 +690,7 @@ async def test_what_waits_for_a_slot_counts_until_it_has_run(tmp_path, callers):
 async def test_bodies_of_an_address_take_no_more_of_the_room_than_they_leave_free(tmp_path, callers):
     async with gateway(tmp_path, body_seconds=60.0) as web:
         assert web.app[ROOM].free == ROOM_BYTES
-        web.app._state[ROOM] = room = Room(1000)
+        web.app._state[ROOM] = room = Room(1000, share=1)
         head = b"POST /sql HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 2000\r\n\r\n"
         holding = await callers(web)
         holding.send(head + b" " * 400)

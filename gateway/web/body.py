@@ -93,7 +93,7 @@ def mebibytes_begun(size: int) -> int:
 
 
 class Bodies:
-    """Reads bodies, each counted while it arrives; `seconds` for each MiB begun of what was declared, or else has come."""
+    """Reads bodies, each counted while it arrives; `seconds` for each MiB of it, which none saves up for the next."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
@@ -105,22 +105,18 @@ class Bodies:
             if request.content.is_eof():  # as most do
                 _add(received, request.content.read_nowait(), loan, max_bytes)
                 return bytes(received)
-            begun = asyncio.get_running_loop().time()
-            declared = min(request.content_length or 0, max_bytes)
-            async with asyncio.timeout_at(begun + self._allowed(declared)) as deadline:
+            now = asyncio.get_running_loop().time
+            async with asyncio.timeout(self._seconds) as deadline:
                 async for chunk in request.content.iter_any():
+                    begun = mebibytes_begun(len(received))
                     _add(received, chunk, loan, max_bytes)
-                    if len(received) > declared:
-                        deadline.reschedule(begun + self._allowed(len(received)))
+                    if mebibytes_begun(len(received)) > begun:
+                        deadline.reschedule(now() + self._seconds)
         except TimeoutError:
             raise RequestTimeoutError(hint=f"the body must arrive within {self._seconds:g} s for each MiB") from None
         except (HttpProcessingError, ClientPayloadError, web.RequestPayloadError):
             raise BadRequestError(hint="the body's transfer coding is broken") from None
         return bytes(received)
-
-    def _allowed(self, size: int) -> float:
-        return self._seconds * mebibytes_begun(size)
-
 
 def _add(received: bytearray, chunk: bytes, loan: Loan, max_bytes: int) -> None:
     if len(received) + len(chunk) > max_bytes:

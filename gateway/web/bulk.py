@@ -1,20 +1,22 @@
 """Imports, uploads' checks and salvages take seconds where other requests take milliseconds: a gate of their own before the queue.
 
-At most half of the slots are theirs at a time, and one of them an address's. First come, first served, but for those whose address
-is at work. Those that wait here have no ticket: they take no place of anybody else's.
+At most half of the slots are theirs at a time, and one of them an address's. Passages go round the addresses that have somebody
+here, one each. Those that wait here have no ticket: they take no place of anybody else's.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from ..settings import Settings
 from .errors import OverloadedError
 from .rates import counted_as
+from .room import SHARE
 
-MAX_WAITING = 16
+MAX_WAITING = 64
 # Of who is told to come again: about what one of those before it takes.
 _RETRY_SECONDS = 5
 
@@ -24,12 +26,12 @@ class BulkGate:
         self._free = max(1, settings.slots // 2)
         self._queue_timeout_seconds = settings.queue_timeout_seconds
         self._at_work: set[str] = set()
-        # In the order in which they came; a passage is given by a result.
-        self._waiting: dict[asyncio.Future[None], str] = {}
+        # By address, of which the first is the next to be served; a passage is given by a result.
+        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
 
     @property
     def waiting(self) -> int:
-        return len(self._waiting)
+        return sum(map(len, self._waiting.values()))
 
     @asynccontextmanager
     async def passage(self, address: str) -> AsyncIterator[None]:
@@ -54,18 +56,20 @@ class BulkGate:
     def _leave(self, network: str) -> None:
         self._free += 1
         self._at_work.discard(network)
-        for passed, waiter in [*self._waiting.items()]:
-            if not passed.done() and self._lets(waiter):
+        if network in self._waiting:
+            self._waiting[network] = self._waiting.pop(network)  # behind all others
+        for waiter in [*self._waiting]:
+            passed = next((passed for passed in self._waiting[waiter] if not passed.done()), None)
+            if passed is not None and self._lets(waiter):
                 self._enter(waiter)
                 passed.set_result(None)
 
     async def _wait(self, network: str) -> None:
-        own = sum(waiter == network for waiter in self._waiting.values())
-        # As in the queue: an address has no more places than it leaves free.
-        if own >= MAX_WAITING - len(self._waiting):
-            raise _overloaded(f"{len(self._waiting)} bulk requests wait already, {own} of this address")
+        own = len(self._waiting.get(network, ()))
+        if (own + 1) * SHARE > MAX_WAITING - self.waiting - 1:  # as in the room
+            raise _overloaded(f"{self.waiting} bulk requests wait already, {own} of this address")
         passed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting[passed] = network
+        self._waiting.setdefault(network, deque()).append(passed)
         try:
             async with asyncio.timeout(self._queue_timeout_seconds):
                 await passed
@@ -76,7 +80,9 @@ class BulkGate:
                 raise _overloaded(f"waited {self._queue_timeout_seconds} s for a bulk run") from None
             raise
         finally:
-            del self._waiting[passed]
+            self._waiting[network].remove(passed)
+            if not self._waiting[network]:
+                del self._waiting[network]
 
 
 def _overloaded(reason: str) -> OverloadedError:

@@ -68,16 +68,17 @@ class _Refusal(web.Response):
 
 class Connection(web.RequestHandler):
     __slots__ = (
-        "_answer_bytes",
         "_begun",
         "_body",
         "_clock",
+        "_delivered_mebibytes",
         "_door",
         "_full",
         "_held",
         "_raw_bytes",
         "_unread_seconds",
         "_unread_since",
+        "_unsent_most",
         "address",
         "deadline",
         "line",
@@ -106,7 +107,7 @@ class Connection(web.RequestHandler):
         # Runs while an answer is not wholly in the kernel, which is rare: most need no timer. An answer's times add up: whoever
         # takes a little now and then gets no more of it.
         self._clock: asyncio.TimerHandle | None = None
-        self._answer_bytes = 0
+        self._delivered_mebibytes = self._unsent_most = 0
         self._unread_seconds = 0.0
         self._unread_since = 0.0
 
@@ -271,7 +272,8 @@ class Connection(web.RequestHandler):
     def log_access(self, request: web.BaseRequest, response: web.StreamResponse, time: float | None) -> None:
         """Called by aiohttp when an answer has been handed to the kernel, or could not be."""
         self.served = True
-        self._answer_bytes, self._unread_seconds = 0, 0.0
+        self._delivered_mebibytes = self._unsent_most = 0
+        self._unread_seconds = 0.0
         if response.status in _DISTRUSTED:
             self.distrust()
         if not self._messages:
@@ -285,17 +287,23 @@ class Connection(web.RequestHandler):
 
     def resume_writing(self) -> None:
         self._unread_seconds += self._loop.time() - self._unread_since
+        self._unsent_most = 0
+        if (delivered := self._streamed_bytes >> 20) > self._delivered_mebibytes:
+            self._delivered_mebibytes, self._unread_seconds = delivered, 0.0
         self._stop_clock()
         super().resume_writing()
 
     @property
     def _answer_seconds_left(self) -> float:
-        """Of the time in which the answer at hand may be unread: so much for each MiB that has been begun of it."""
-        # A stream counts what it has written; an answer that was given at once is written after its request is no longer current.
-        streamed = 0 if self._current_request is None else self._current_request.writer.output_size
-        self._answer_bytes = max(self._answer_bytes, streamed, self.unsent_bytes)
+        """Of the time in which the answer at hand may be unread: so much for each MiB of it, which none saves up for the next."""
+        self._unsent_most = max(self._unsent_most, self.unsent_bytes)
         had = self._unread_seconds + self._loop.time() - self._unread_since
-        return self._door.answer_seconds * mebibytes_begun(self._answer_bytes) - had
+        return self._door.answer_seconds * mebibytes_begun(self._unsent_most) - had
+
+    @property
+    def _streamed_bytes(self) -> int:
+        """Of an answer that its handler writes; one that is given at once is written after its request is no longer current."""
+        return 0 if self._current_request is None else self._current_request.writer.output_size
 
     def _unread_for_long(self) -> None:
         if (left := self._answer_seconds_left) > 0:  # it has grown since

@@ -1,6 +1,6 @@
-"""Memory for what callers send and are sent: bounded for all together, and no address's share is larger than what it leaves free.
+"""Memory for what callers send and are sent: bounded for all together, and an address has at most a seventh of what it leaves free.
 
-One flood alone gets half of it, n floods leave one part in n + 1, so whoever comes next still finds room, as in the queue (leases).
+One flood alone gets an eighth of it, and n floods, one after the other, leave (7/8)^n: a half after five, a tenth after seventeen.
 A loan is one request's: whatever it took goes back when its `with` block ends.
 """
 
@@ -11,15 +11,18 @@ from collections import Counter
 from .errors import OverloadedError
 from .rates import counted_as
 
-ROOM_BYTES = 64 << 20
+SHARE = 7
+"""As often as an address has it, so much is free."""
+ROOM_BYTES = 128 << 20
 """For bodies that arrive, and for what was made of them until the runner has it."""
-ANSWERS_BYTES = 96 << 20
+ANSWERS_BYTES = 128 << 20
 """For files and rows that callers have yet to read."""
 
 
 class Room:
-    def __init__(self, room_bytes: int = ROOM_BYTES) -> None:
+    def __init__(self, room_bytes: int = ROOM_BYTES, share: int = SHARE) -> None:
         self._free = room_bytes
+        self._share = share
         self._held: Counter[str] = Counter()
 
     @property
@@ -35,7 +38,7 @@ class Room:
         return Loan(self, counted_as(address))
 
     def _take(self, address: str, size: int) -> None:
-        if self._held[address] + size > self._free - size:
+        if (self._held[address] + size) * self._share > self._free - size:
             raise OverloadedError(reason=f"{size} bytes more of one address: it holds {self._held[address]}, {self._free} are free")
         self._free -= size
         self._held[address] += size
