@@ -144,8 +144,9 @@ async def test_D1_a_damaged_upload_leaves_the_instance_that_it_should_have_repla
 async def test_a_table_whose_name_is_not_utf_8_does_not_hide_the_others(caller: Client) -> None:
     odd = sqlite3.connect(":memory:")
     odd.executescript(
-        "CREATE TABLE t(a); CREATE TABLE odd(a); PRAGMA writable_schema = 1; UPDATE sqlite_schema SET name = CAST(x'6fff64' AS TEXT),"
-        " tbl_name = CAST(x'6fff64' AS TEXT), sql = CAST(x'435245415445205441424c45206fff64286129' AS TEXT) WHERE name = 'odd'"
+        "CREATE TABLE t(a); CREATE TABLE odd(a); PRAGMA writable_schema = 1;"
+        "UPDATE sqlite_schema SET name = CAST(x'6fff64' AS TEXT), tbl_name = CAST(x'6fff64' AS TEXT),"
+        " sql = CAST(x'435245415445205441424c45206fff64286129' AS TEXT) WHERE name = 'odd'"
     )
     async with caller.http.put(f"{caller.url}/db", data=odd.serialize()) as response:
         assert response.status == 201
