@@ -8,6 +8,8 @@ import pytest
 
 from gateway.protocol import NOBODY, Status, Verb, Verdict
 from gateway.web.appkeys import BULK_GATE, RUNS
+from gateway.web.bulk import MAX_WAITING
+from gateway.web.room import SHARE
 
 from .calling import Request, call
 from .fake_launcher import FINDING, FakeRun, answering, assert_error, gateway, ok, report, until, verdict
@@ -239,6 +241,12 @@ async def test_reports_wait_at_the_gate_of_bulk_runs_and_leave_slots_to_others(t
         answers = [asyncio.ensure_future(web.sql("SELECT 1", token)) for token in tokens]
         await until(lambda: web.app[BULK_GATE].waiting == 2 and web.launcher.running == 1)
         assert (await web.sql("SELECT 'well'", other)).status == 200
+        while web.app[BULK_GATE].waiting < MAX_WAITING // (SHARE + 1):
+            waiting = web.app[BULK_GATE].waiting
+            answers.append(asyncio.ensure_future(web.sql("SELECT 1", tokens[0])))
+            await until(lambda waiting=waiting: web.app[BULK_GATE].waiting > waiting)
+        beyond = await assert_error(await web.sql("SELECT 1", tokens[1]), "database_damaged")
+        assert "report" not in beyond
         finish.set()
         assert {(await answer).status for answer in answers} == {400}
 

@@ -702,6 +702,7 @@ def row_frame(size: int, rows: int = 1) -> bytes:
         (HEAD + row_frame(FRAME_BYTES + 1) + frame(END), LIMIT),
         (HEAD + row_frame(LIMIT) + frame(END), LIMIT),
         (HEAD + row_frame(500) + row_frame(500) + frame({**END, "rows": 2}), 1000),
+        (HEAD + frame(b"[[1]]") * 4 + frame({**END, "rows": 4}), 1000),
     ],
 )
 async def test_rows_up_to_every_bound_are_believed(raw, most_bytes):
@@ -716,6 +717,7 @@ async def test_rows_up_to_every_bound_are_believed(raw, most_bytes):
         (HEAD + row_frame(FRAME_BYTES + 1, 2) + frame({**END, "rows": 2}), LIMIT),
         (HEAD + row_frame(LIMIT + 1) + frame(END), 2 * LIMIT),
         (HEAD + row_frame(500) + row_frame(501) + frame({**END, "rows": 2}), 1000),
+        (HEAD + frame(b"[[1]]") * 5 + frame({**END, "rows": 5}), 1000),
         (HEAD + frame(b"[]") + frame({**END, "rows": 0}), LIMIT),
         (HEAD + frame(b"1"), LIMIT),
         (HEAD + frame(b" [[1]]") + frame(END), LIMIT),

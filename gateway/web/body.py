@@ -118,6 +118,7 @@ class Bodies:
             raise BadRequestError(hint="the body's transfer coding is broken") from None
         return bytes(received)
 
+
 def _add(received: bytearray, chunk: bytes, loan: Loan, max_bytes: int) -> None:
     if len(received) + len(chunk) > max_bytes:
         raise BodyTooLargeError(hint=f"at most {max_bytes} bytes")

@@ -23,6 +23,7 @@ from .errors import (
     DatabaseDamagedError,
     DatabaseSalvagedError,
     InstanceNotFoundError,
+    OverloadedError,
 )
 from .runner import Order, Report, Reported, salvage_order, verify_order
 from .runs import Turn
@@ -33,8 +34,15 @@ if TYPE_CHECKING:
 
 async def met(visit: Visit, error: DatabaseDamagedError) -> CallerError:
     """What a request is answered whose run ended in `error`, after whatever its instance's mode has done about it. Raises
-    ServiceErrors: then nothing was done about it.
+    ServiceErrors: then nothing was done about it. Too much to do is no reason to say less than what is known.
     """
+    try:
+        return await _dealt_with(visit, error)
+    except OverloadedError:
+        return error
+
+
+async def _dealt_with(visit: Visit, error: DatabaseDamagedError) -> CallerError:
     instance = visit.own_instance
     async with _turn_for_damage(visit, instance) as turn:
         found = await visit.app[LAUNCHER].look(instance, visit.exchange.request_id_bytes)

@@ -23,6 +23,9 @@ FRAME_BYTES = 256 << 10
 """Of rows; one that is longer has a single row."""
 # What a stream has for its own from its beginning on: it never waits for room in the middle, rows longer than a frame aside.
 _RESERVE_BYTES = 2 * FRAME_BYTES
+# A runner fills each frame so far, or sends it because the next row is too long for it: of two frames in a row one is full.
+_FULL_BYTES = 64 << 10
+_SHORT_FRAMES = 4
 _ROWS, _OBJECT = ord("["), ord("{")
 
 MayHold = Callable[[int], bool]
@@ -224,6 +227,7 @@ class RowStream:
         self._int64 = int64
         self._share = share
         self._left_bytes = most_bytes
+        self._left_frames = 2 * (most_bytes // _FULL_BYTES) + _SHORT_FRAMES
         self._most_frame_bytes = most_frame_bytes
         self._cut_short = cut_short
         self._hang_up = hang_up
@@ -268,6 +272,7 @@ class RowStream:
             return None
         self._at_hand = len(payload)
         self._left_bytes -= _rows_bytes(len(payload))
+        self._left_frames -= 1
         rows = read_rows(payload, self.columns, self._int64)
         if _rows_bytes(len(payload)) > FRAME_BYTES and len(rows) > 1:
             raise ReplyInvalidError(reason="a frame of rows that is too long")
@@ -276,7 +281,9 @@ class RowStream:
 
     def _check(self, length: int, first: int) -> None:
         if first == _ROWS:
-            allowed = _rows_bytes(length) <= min(self._left_bytes, max(self._most_frame_bytes, FRAME_BYTES))
+            allowed = self._left_frames > 0 and _rows_bytes(length) <= min(
+                self._left_bytes, max(self._most_frame_bytes, FRAME_BYTES)
+            )
         else:
             allowed = first == _OBJECT and length <= self._most_frame_bytes
         if not allowed:
