@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import apsw
+import pytest
 
 CHOSEN = os.environ.pop("MAYFLY_CORPUS", None)
 FULL = os.environ.pop("MAYFLY_CORPUS_FULL", "") == "1"
@@ -48,8 +49,13 @@ class Case:
     journal: bytes = b""
 
 
-def missing() -> list[Path]:
-    return [path for path in (FOLDER / SCRIPTS, FOLDER / DATABASES) if not path.is_file()]
+def require() -> None:
+    """Ends the test where the corpora are not: as a failure if somebody wants them, otherwise it is skipped."""
+    if missing := [path for path in (FOLDER / SCRIPTS, FOLDER / DATABASES) if not path.is_file()]:
+        reason = f"the hostile corpora are not there: {', '.join(map(str, missing))}; MAYFLY_CORPUS names their folder"
+        if CHOSEN or os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
 
 
 def cases() -> Iterator[Case]:

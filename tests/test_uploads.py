@@ -49,8 +49,7 @@ class Told:
 
 @pytest.fixture(scope="module", params=ENGINES)
 def host(request: pytest.FixtureRequest) -> Iterator[Deployment]:
-    if missing := corpus.missing():
-        pytest.fail(f"the hostile corpora are not there: {', '.join(map(str, missing))}")
+    corpus.require()
     with deployed(engine=request.param, queue_timeout_seconds="300") as deployment:
         yield deployment
 

@@ -228,6 +228,7 @@ async def test_a_salvage_that_failed_by_our_fault_is_tried_again_by_the_same_key
 async def test_reports_wait_at_the_gate_of_bulk_runs_and_leave_slots_to_others(tmp_path):
     async with gateway(tmp_path, slots=4, bulk_deadline_seconds=60.0) as web:
         tokens, other, finish = [await web.token() for _ in range(3)], await web.token(), asyncio.Event()
+        more = iter([await web.token() for _ in range(MAX_WAITING // SHARE)])
 
         async def slow(run: FakeRun) -> None:
             run.started()
@@ -243,9 +244,9 @@ async def test_reports_wait_at_the_gate_of_bulk_runs_and_leave_slots_to_others(t
         assert (await web.sql("SELECT 'well'", other)).status == 200
         while web.app[BULK_GATE].waiting < MAX_WAITING // (SHARE + 1):
             waiting = web.app[BULK_GATE].waiting
-            answers.append(asyncio.ensure_future(web.sql("SELECT 1", tokens[0])))
+            answers.append(asyncio.ensure_future(web.sql("SELECT 1", next(more))))
             await until(lambda waiting=waiting: web.app[BULK_GATE].waiting > waiting)
-        beyond = await assert_error(await web.sql("SELECT 1", tokens[1]), "database_damaged")
+        beyond = await assert_error(await web.sql("SELECT 1", next(more)), "database_damaged")
         assert "report" not in beyond
         finish.set()
         assert {(await answer).status for answer in answers} == {400}
