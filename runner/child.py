@@ -99,9 +99,9 @@ class Life:
         self.clock = Clock(order.kind.deadline_ms(order.configuration) / 1000)
 
 
-def child(inbox: Inbox, waiting: Plan, lives: Mapping[int, Life], build: dict[str, Any] | None) -> Callable[[], NoReturn]:
-    """What a child runs, from its first step to its last: `waiting`, and the life that the command then names."""
-    packet, outbox, answered = inbox.packet, Outbox(OUT), int(Exit.ANSWERED)
+def child(inbox: Inbox, waiting: Plan, lives: Mapping[int, Life], build: dict[str, Any] | None) -> Callable[[], bytes | None]:
+    """What a child runs, from its first step to its reply, for `answer`: `waiting`, and the life that the command then names."""
+    packet, outbox = inbox.packet, Outbox(OUT)
     # Made last and side by side, because each attribute that a child looks up, and each act that it takes, can be one more page.
     first = _side_by_side(waiting)
     made = {
@@ -126,7 +126,7 @@ def child(inbox: Inbox, waiting: Plan, lives: Mapping[int, Life], build: dict[st
             except Exception as refusal:
                 _refuse(inbox, f"{plan[acts.index(act)][2]}: {refusal}")
 
-    def serve() -> NoReturn:
+    def reply() -> bytes | None:
         take(first, waiting)
         command = packet[1]
         if command not in by_command:
@@ -136,9 +136,9 @@ def child(inbox: Inbox, waiting: Plan, lives: Mapping[int, Life], build: dict[st
         if command == _SELFTEST:
             clock = Clock(clock.seconds)
             self_test(configuration, lives[command].facts, run, clock.expired, build)
-        answer(reply_to(read_request(configuration, clock), run, expired, outbox), answered)
+        return reply_to(read_request(configuration, clock), run, expired, outbox)
 
-    return serve
+    return reply
 
 
 def _side_by_side(plan: Plan) -> tuple[Act, ...]:

@@ -18,7 +18,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    Passed = int | bytes | ctypes.Array[ctypes.c_char] | ctypes.c_int | None
+    Passed = int | bytes | ctypes.Array[ctypes.c_char] | ctypes.c_int | ctypes.c_long | None
 
 _LOW_WORD = 0xFFFFFFFF
 
@@ -161,6 +161,7 @@ NUMBERS: dict[str, tuple[int | None, int | None]] = {  # (x86_64, aarch64); None
     "pivot_root": (155, 41),
     "ppoll": (271, 73),
     "prctl": (157, 167),
+    "process_madvise": (440, 440),
     "pread64": (17, 67),
     "prlimit64": (302, 261),
     "pwrite64": (18, 68),
@@ -223,7 +224,7 @@ def prepare(name: str, *arguments: Passed) -> Callable[..., int]:
     return partial(_syscall, called, *map(_laid_out, arguments))
 
 
-def _laid_out(value: Passed) -> ctypes.Array[ctypes.c_char] | ctypes.c_int | int | None:
+def _laid_out(value: Passed) -> Passed:
     if isinstance(value, bytes):
         return ctypes.create_string_buffer(value, len(value))
     if not isinstance(value, int):

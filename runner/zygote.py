@@ -28,8 +28,8 @@ import signal
 import struct
 import sys
 
-from . import child, cloning, confine, shelf, syscalls
-from .answer import Exit, read_build
+from . import child, cloning, confine, prefault, shelf, syscalls
+from .answer import Exit, answer, read_build
 from .child import HEADER, Inbox
 from .configuration import PLAIN
 from .confine import DATA, UnconfinedError
@@ -69,13 +69,14 @@ def live(configuration: Configuration) -> NoReturn:
     connect()
     shelf.fill()
     entropy = cloning.Entropy()
+    rehearsal = prefault.Rehearsal.of(_WORK, _FIRST_FREE)
     facts = confine.Facts()
     order = Order(configuration)
     try:
         for name, step in STEPS:
             confine.total(name, step, order)
             facts.steps += (name,)
-        inbox = Inbox(_WORK)
+        inbox = rehearsal.inbox if rehearsal else Inbox(_WORK)
         waiting = child.plan(child.Order(configuration, PLAIN, facts, inbox, _TAKEN), child.STEPS[:1], {})
         clone = Clone(child.child(inbox, waiting, _lives(order, inbox, facts), read_build()))
         confine.total("root", _pivot)
@@ -85,6 +86,10 @@ def live(configuration: Configuration) -> NoReturn:
     gc.collect()
     gc.freeze()
     cloning.fill_the_heap()
+    if rehearsal:  # the pages are the last, because nothing may move any more
+        _mount_tmpfs()
+        rehearsal.learn(clone)
+        syscalls.invoke("umount2", f"{DATA}\0".encode(), 0)
     clone.ever()
 
 
@@ -219,8 +224,9 @@ class Clone:
 
     _POLLED = struct.Struct("=ihhihh")  # two struct pollfd
 
-    def __init__(self, serve: Callable[[], NoReturn]) -> None:
-        self._serve = serve
+    def __init__(self, reply: Callable[[], bytes | None]) -> None:
+        self._reply = reply
+        self._rehearsed = 0
         self._polled = ctypes.create_string_buffer(self._POLLED.pack(_CONTROL, _POLLIN, 0, 0, _POLLIN, 0), self._POLLED.size)
         pidfd = ctypes.c_int.from_buffer(self._polled, self._POLLED.size // 2)
         flags = _CLONE_NEWUSER | _CLONE_NEWNS | _CLONE_NEWPID | _CLONE_NEWIPC | _CLONE_NEWUTS | _CLONE_PIDFD
@@ -241,13 +247,13 @@ class Clone:
 
     def ever(self) -> NoReturn:
         """One after the other, until the control closes. It sleeps at once: what it writes to while a child lives is copied."""
-        clone, serve, sleep = self._clone, self._serve, self._sleep
+        clone, reply, sleep, answered = self._clone, self._reply, self._sleep, int(Exit.ANSWERED)
         run = untaken = 0
         while True:
             pid = clone()
             if not pid:
                 try:
-                    serve()
+                    answer(reply(), answered)
                 finally:
                     os._exit(Exit.REFUSED)
             if not run:
@@ -278,6 +284,22 @@ class Clone:
                 untaken += 1
                 if untaken == _MOST_UNTAKEN:
                     sys.exit("children die before they take a run")
+
+    def begin(self, play: Callable[[Callable[[], bytes | None]], NoReturn]) -> None:
+        """One that is no run and calls `play`; `end` is its end."""
+        self._rehearsed = self._clone()
+        if not self._rehearsed:
+            try:
+                play(self._reply)
+            finally:
+                os._exit(Exit.REFUSED)
+
+    def end(self) -> None:
+        if self._rehearsed > 0:
+            os.kill(self._rehearsed, signal.SIGKILL)
+            self._reap()
+            self._close()
+            self._was_taken()
 
     def _begin(self, pid: int) -> None:
         if pid < 0:

@@ -80,5 +80,5 @@ def test_M4_foreign_functions_are_called_for_the_sandbox_alone():
         for path in modules_under(room)
         if any(module.split(".")[0] in ("ctypes", "cffi") for module in imported_modules(path))
     }
-    in_the_runner = {f"runner/{name}.py" for name in ("child", "cloning", "landlock", "seccomp", "syscalls", "zygote")}
+    in_the_runner = {f"runner/{name}.py" for name in ("child", "cloning", "landlock", "prefault", "seccomp", "syscalls", "zygote")}
     assert users == {"gateway/launcher/mounts.py", "gateway/launcher/replacement.py", *in_the_runner}
