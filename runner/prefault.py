@@ -121,13 +121,16 @@ class Memory:
         return acts
 
     def exclusive(self) -> set[int]:
-        """Addresses of the pages that no other process shared when the acts were done."""
-        return {
-            start + page * _PAGE_BYTES
-            for start, entries in self._entries
-            for page, flags in enumerate(entries.raw[_ENTRY_BYTES - 1 :: _ENTRY_BYTES])
-            if flags & _PRESENT_AND_EXCLUSIVE == _PRESENT_AND_EXCLUSIVE
-        }
+        """Addresses of the pages that no other process shared when the acts were done, but for those that the acts wrote to."""
+        found: set[int] = set()
+        written: set[int] = set()
+        for start, entries in self._entries:
+            for page, flags in enumerate(entries.raw[_ENTRY_BYTES - 1 :: _ENTRY_BYTES]):
+                if flags & _PRESENT_AND_EXCLUSIVE == _PRESENT_AND_EXCLUSIVE:
+                    found.add(start + page * _PAGE_BYTES)
+            room = ctypes.addressof(entries)
+            written.update(range(room // _PAGE_BYTES * _PAGE_BYTES, room + len(entries), _PAGE_BYTES))
+        return found - written
 
     def _writable(self) -> list[tuple[int, int]]:
         text = b""
