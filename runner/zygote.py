@@ -86,10 +86,11 @@ def live(configuration: Configuration) -> NoReturn:
     gc.collect()
     gc.freeze()
     cloning.fill_the_heap()
-    if rehearsal:  # the pages are the last, because nothing may move any more
-        _mount_tmpfs()
-        rehearsal.learn(clone)
-        syscalls.invoke("umount2", f"{DATA}\0".encode(), 0)
+    if rehearsal:  # last, because nothing may move any more
+        try:
+            confine.total("rehearsal", _rehearse, rehearsal, clone)
+        except UnconfinedError as refusal:
+            _refuse(str(refusal))
     clone.ever()
 
 
@@ -200,6 +201,13 @@ def _pivot() -> None:
     os.chdir("/")
     if os.listdir("/") != [DATA[1:]] or os.listdir(DATA):
         raise UnconfinedError("the root is not empty")
+
+
+def _rehearse(rehearsal: prefault.Rehearsal, clone: Clone) -> None:
+    """On a file system that is gone before the first child."""
+    _mount_tmpfs()
+    rehearsal.learn(clone)
+    syscalls.invoke("umount2", f"{DATA}\0".encode(), 0)
 
 
 def _privileges(order: Order) -> None:
