@@ -122,6 +122,9 @@ class _Recovery:
                 return None
             if attempt.again:
                 continue
+            if self._nothing_kept():
+                self.failure = "not a row can be read"
+                return None
             after = examine(recovered, self._configuration, self._expired)
             if after.healthy:
                 return recovered
@@ -129,6 +132,11 @@ class _Recovery:
             if not attempt.degrade({str(item["object"]).lower() for item in after.findings.items if item["code"] == "content"}):
                 break
         return None
+
+    def _nothing_kept(self) -> bool:
+        """Of rows that there were: an empty database would be in nobody's interest."""
+        kept = self._unassigned + sum(counted.kept for counted in self._counted)
+        return not kept and any(counted.lost or not counted.exact for counted in self._counted)
 
     def report(self) -> dict[str, Any]:
         if max(len(self._counted), len(self._lost)) > _MOST_NAMED:

@@ -203,6 +203,18 @@ def test_without_a_schema_all_rows_are_kept_apart_and_what_was_deleted_is_not():
     assert found == {(row[0], row[2], row[3]) for row in committed["people"]}
 
 
+def test_where_not_a_row_can_be_read_the_old_file_stays():
+    data = made("CREATE TABLE t(a); INSERT INTO t VALUES (1), (2); CREATE TABLE empty(a)")
+    (leaf,) = pages_of(data, "t")
+    report, new = recover(without_page(data, leaf), CONFIGURATION, never)
+    assert (report["ok"], new) == (False, None)
+    assert report["findings"][-1]["message"] == "not a row can be read"
+    (leaf,) = pages_of(data, "empty")
+    report, new = recover(without_page(data, leaf), CONFIGURATION, never)  # the control: two rows are kept
+    assert report["ok"]
+    assert new is not None
+
+
 def test_D9_deleted_rows_stay_deleted_when_freelist_and_trees_are_damaged():
     name = "plain"
     data = case_of(name, "trunk-noise")

@@ -224,6 +224,9 @@ async def test_extending_without_a_body_asks_for_one_more_life(tmp_path):
         for body in (None, b"{}", b'{"seconds":null}'):
             response = await call(web, "POST", "/extend", token, body)
             assert abs((await response.json())["expires_at"] - time.time() - 700) < 5
+        form = {"Content-Type": "application/x-www-form-urlencoded"}  # what curl says of no body
+        assert (await call(web, "POST", "/extend", token, b"", form)).status == 200
+        await assert_error(await call(web, "POST", "/extend", token, b"{}", form), "unsupported_media_type")
 
 
 @pytest.mark.parametrize(

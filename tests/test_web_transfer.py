@@ -326,3 +326,11 @@ async def test_the_access_log_names_the_instance_of_a_file_and_no_sql(web, tmp_p
         ("PUT", 200, 0),
     ]
     assert {uuid.UUID(line["instance_id"]) for line in lines} == set(web.launcher.instances)
+
+
+async def test_a_condition_that_nobody_would_look_at_is_refused_and_nothing_is_replaced(web):
+    token = await web.token()
+    for header in ("If-Match", "If-None-Match"):
+        response = await call(web, "PUT", "/db", token, CONTENT, {header: '"x"'})
+        assert header in (await assert_error(response, "bad_parameter"))["error"]
+    assert not web.launcher.replaced

@@ -129,7 +129,8 @@ async def extend(request: web.Request) -> web.Response:
     app = request.app
     with admitted(request) as visit:
         read_query(request.rel_url.raw_query_string)
-        body.check_headers(request, app[SETTINGS].max_body_bytes)
+        if request.content_length != 0:  # programs name a type for no body too
+            body.check_headers(request, app[SETTINGS].max_body_bytes)
         seconds = _seconds(await visit.body(app[SETTINGS].max_body_bytes)) or app[SETTINGS].ttl_seconds
         await visit.find(writes=True)
         wished = int(time.time()) + seconds

@@ -13,7 +13,7 @@ from .admission import Visit, admitted
 from .appkeys import ANSWERS, LAUNCHER, RUNS, SETTINGS
 from .body import check_headers
 from .damage import report
-from .errors import DatabaseDamagedError, RangeNotSatisfiableError
+from .errors import BadParameterError, DatabaseDamagedError, RangeNotSatisfiableError
 from .exchange import EXCHANGE
 from .parameters import FILE_TYPES, read_on_damage, read_query
 from .ranges import Beyond, Part, Unchanged, decide
@@ -37,6 +37,8 @@ async def get(request: web.Request) -> web.StreamResponse:
 async def put(request: web.Request) -> web.Response:
     """A file becomes a new instance, or takes the place of the caller's own once it has been accepted."""
     with admitted(request, makes="fresh") as visit:
+        if hdrs.IF_MATCH in request.headers or hdrs.IF_NONE_MATCH in request.headers:
+            raise BadParameterError("PUT /db takes no If-Match and no If-None-Match")  # to ignore one would lose somebody's data
         wished = read_on_damage(request.rel_url.raw_query_string)
         limit = request.app[SETTINGS].instance_bytes
         check_headers(request, limit, FILE_TYPES)
