@@ -20,8 +20,9 @@ def test_every_parser_has_a_target():
 
 @pytest.mark.skipif(find_spec("atheris") is None, reason="the extra `fuzz` is not installed")
 @pytest.mark.parametrize("target", TARGETS)
-def test_no_bytes_make_a_parser_fail_otherwise_than_documented(target):
-    seconds = os.environ.get("FUZZ_SECONDS", "1")
-    done = subprocess.run([sys.executable, "-m", "tests.fuzz", target, seconds], cwd=REPO, capture_output=True, text=True)
+def test_no_bytes_make_a_parser_fail_otherwise_than_documented(target, tmp_path):
+    program = [sys.executable, "-m", "tests.fuzz", target, os.environ.get("FUZZ_SECONDS", "1")]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}  # it ends without tidying up
+    done = subprocess.run(program, cwd=REPO, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     assert "Done" in done.stderr
