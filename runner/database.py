@@ -173,7 +173,7 @@ def limit_heap(heap_bytes: int) -> None:
         raise _unconfined("SQLite's heap limit does not hold")
 
 
-def _watch_the_clock(database: Database, expired: Expired) -> None:
+def watch_the_clock(database: Database, expired: Expired) -> None:
     database.connection.set_progress_handler(expired, _PROGRESS_INSTRUCTIONS)
 
 
@@ -297,7 +297,7 @@ PREPARING: tuple[tuple[str, Callable[[Database], None]], ...] = (
 """What is done to a connection that has not read its file."""
 
 READING: tuple[tuple[str, Callable[[Database, Expired], None]], ...] = (
-    ("clock", _watch_the_clock),
+    ("clock", watch_the_clock),
     ("pragmas", _set_pragmas_of_the_file),
     ("authorizer", _install_the_authorizer),
 )

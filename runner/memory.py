@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import apsw
 
-from .database import PREPARING, Database
+from .database import PREPARING, Database, limit_heap, watch_the_clock
 from .policy import LIMIT_NUMBERS
 
 TYPE_CHECKING = False
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from .configuration import Configuration
 
 _FLAGS = apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_NOMUTEX | apsw.SQLITE_OPEN_EXRESCODE
-_PROGRESS_INSTRUCTIONS = 1000
 _UNLIMITED = 0x7FFFFFFF
 
 LIMITS_OF_REQUESTS = frozenset({"LENGTH", "VDBE_OP", "VARIABLE_NUMBER"})
@@ -23,7 +22,7 @@ LIMITS_OF_REQUESTS = frozenset({"LENGTH", "VDBE_OP", "VARIABLE_NUMBER"})
 
 def in_memory(configuration: Configuration, expired: Callable[[], bool], unlimited: frozenset[str]) -> apsw.Connection:
     """An empty database with every switch set; of the limits, those named are left to SQLite and to the heap's."""
-    apsw.hard_heap_limit(configuration.heap_bytes)
+    limit_heap(configuration.heap_bytes)
     connection = apsw.Connection(":memory:", _FLAGS, "unix-none", 0)
     database = Database(connection, ":memory:", configuration)
     try:
@@ -36,7 +35,7 @@ def in_memory(configuration: Configuration, expired: Callable[[], bool], unlimit
         connection.execute(
             "PRAGMA temp_store=MEMORY; PRAGMA cell_size_check=1; PRAGMA cache_size=-2000; PRAGMA ignore_check_constraints=1"
         )
-        connection.set_progress_handler(expired, _PROGRESS_INSTRUCTIONS)
+        watch_the_clock(database, expired)
     except BaseException:
         connection.close(True)
         raise

@@ -15,6 +15,7 @@ from functools import partial
 
 import apsw
 
+from .frames import write_all
 from .image import ImageError, undoing
 from .policy import PAGE_BYTES
 from .rebuild import Rebuild, is_virtual, module_of, shadows
@@ -459,9 +460,7 @@ def _write(path: str, content: bytes, *, cut: bool = True) -> None:
     """Write from the beginning of a file that is there, and wait for the disk."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
-        rest = memoryview(content)
-        while rest:
-            rest = rest[os.write(descriptor, rest) :]
+        write_all(descriptor, content)
         if cut:
             os.ftruncate(descriptor, len(content))
         os.fsync(descriptor)

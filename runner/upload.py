@@ -23,9 +23,10 @@ import os
 
 import apsw
 
-from .database import hold, open_database, prepare
+from .database import hold, open_database, prepare, watch_the_clock
 from .digest import sha256
 from .failures import verdict_of
+from .frames import write_all
 from .policy import PAGE_BYTES
 from .verify import read_file, report
 from .wire import Verdict, VerdictError
@@ -120,9 +121,7 @@ def _overwrite(path: str, content: bytes) -> None:
     try:
         hold(descriptor)
         os.ftruncate(descriptor, 0)
-        rest = memoryview(content)
-        while rest:
-            rest = rest[os.write(descriptor, rest) :]
+        write_all(descriptor, content)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
@@ -134,7 +133,7 @@ def _convert_pages(path: str, configuration: Configuration, expired: Expired) ->
     try:
         database.hold_the_file()
         connection = database.connection
-        connection.set_progress_handler(expired, 1000)
+        watch_the_clock(database, expired)
         connection.limit(apsw.SQLITE_LIMIT_ATTACHED, 1)  # VACUUM attaches the copy that it makes
         connection.execute(f"PRAGMA journal_mode=MEMORY; PRAGMA page_size={PAGE_BYTES}; VACUUM").fetchall()
     except apsw.Error as error:

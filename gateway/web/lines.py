@@ -12,7 +12,7 @@ from .admission import Visit
 from .appkeys import ANSWERS, BREAKER, SETTINGS
 from .body import Statement
 from .dialogue import RowStream
-from .errors import ApiError, BadParameterError, QueryTimeoutError
+from .errors import MAX_DETAIL_CHARS, ApiError, BadParameterError, QueryTimeoutError
 from .middleware import tell
 from .parameters import IDEMPOTENCY_KEY
 from .runner import rows_order
@@ -62,7 +62,7 @@ def _trailer(rows: RowStream, sent: int) -> dict[str, object]:
     if end.stopped is not None:
         trailer["reason"] = end.stopped
     if end.message is not None:
-        trailer["message"] = end.message
+        trailer["message"] = end.message[:MAX_DETAIL_CHARS]
     return trailer
 
 
