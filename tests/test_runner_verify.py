@@ -120,6 +120,14 @@ def test_a_row_that_breaks_a_check_is_no_damage():
     assert report_of(connection.serialize("main"), CONFIGURATION, never)["ok"]
 
 
+def test_a_page_that_no_file_can_have_is_none_in_a_finding():
+    connection = apsw.Connection(":memory:")
+    connection.execute("CREATE TABLE t(a); PRAGMA writable_schema = 1; UPDATE sqlite_schema SET rootpage = -7")
+    found = report_of(connection.serialize("main"), CONFIGURATION, never)["findings"]
+    assert found
+    assert all(finding["page"] is None or finding["page"] > 0 for finding in found)
+
+
 def test_the_same_bytes_give_the_same_report_and_no_more_than_a_hundred_findings():
     for case in damaged("keyed", range(1)):
         found = report_of(case.data, CONFIGURATION, never)
