@@ -176,10 +176,10 @@ def test_a_run_that_is_stopped_takes_its_deployments_down(scratch, number, to_al
             assert len(_processes_about(scratch)) > 2 * deployments
             # A terminal's Ctrl-C reaches every process of the foreground.
             os.killpg(bench.pid, number) if to_all else bench.send_signal(number)
-            printed, _ = bench.communicate(timeout=120)
+            printed, told = bench.communicate(timeout=120)
         finally:
             bench.terminate()
-    assert (bench.returncode, printed) == (128 + number, "")
+    assert (bench.returncode, printed) == (128 + number, ""), told
     assert list(scratch.iterdir()) == []
     assert str(scratch) not in Path("/proc/self/mounts").read_text()
     assert _processes_about(scratch) == []
