@@ -45,22 +45,22 @@ async def serves_again(client: Client) -> None:
     await asyncio.wait_for(asking(), 30)
 
 
-@under_each_engine
-async def test_a_runner_killed_under_its_request_is_a_500_and_the_next_request_works(mayfly, client):
-    await client.rows("SELECT 1")
-    await nothing_at_work(mayfly)
-    busy = asyncio.create_task(client.sql(ENDLESS))
-    os.kill((await at_work(mayfly)).pid, signal.SIGKILL)
-    assert_error(await busy, 500, "runner_failed")
-    assert await client.rows("SELECT 2") == [[2]]
-    await nothing_at_work(mayfly)
-
-
 @pytest.fixture(scope="module", params=ENGINES)
 def unhurried(request: pytest.FixtureRequest) -> Iterator[Deployment]:
     """What ends in here before its deadline was ended."""
     with deployed(engine=request.param, deadline_seconds="600") as deployment:
         yield deployment
+
+
+async def test_a_runner_killed_under_its_request_is_a_500_and_the_next_request_works(unhurried):
+    async with client_of(unhurried) as client:
+        await client.rows("SELECT 1")
+        await nothing_at_work(unhurried)
+        busy = asyncio.create_task(client.sql(ENDLESS))
+        os.kill((await at_work(unhurried)).pid, signal.SIGKILL)
+        assert_error(await busy, 500, "runner_failed")
+        assert await client.rows("SELECT 2") == [[2]]
+        await nothing_at_work(unhurried)
 
 
 async def test_a_caller_who_hangs_up_leaves_no_runner_and_no_lease_behind(unhurried):

@@ -334,7 +334,8 @@ async def test_the_process_says_where_its_metrics_are(tmp_path):
 
 @pytest.fixture(scope="module")
 def deployment() -> Iterator[Deployment]:
-    with deployed(engine=FASTEST, metrics_listen=free_address(), slots="2", reap_interval_seconds="0.2") as deployment:
+    more = {"slots": "2", "reap_interval_seconds": "0.2", "deadline_seconds": "60"}
+    with deployed(engine=FASTEST, metrics_listen=free_address(), **more) as deployment:
         yield deployment
 
 

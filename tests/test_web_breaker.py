@@ -544,7 +544,7 @@ async def test_a_launcher_that_hangs_is_noticed_and_one_that_goes_on_is_used_aga
 
 
 async def test_runners_that_die_close_the_service_and_one_that_lives_opens_it():
-    with deployed(breaker_open_seconds="0.5") as mayfly:
+    with deployed(breaker_open_seconds="0.5", deadline_seconds="60") as mayfly:
         async with client_of(mayfly) as client, AsyncExitStack() as callers:
             assert await client.rows("SELECT 1") == [[1]], "the control"
             for number in range(1, 11):
