@@ -471,6 +471,27 @@ async def test_a_worn_slot_is_replaced_without_a_pause(state):
         assert (await it.do())[0] is Verdict.EXITED
 
 
+async def test_one_run_after_the_other_keeps_to_two_slots_and_not_to_the_one_that_was_used_last(state):
+    async with deployed(state, slots=4) as it:
+        await asyncio.gather(*(it.do() for _ in range(4)))
+        await eventually(lambda: len(it.engine._idle) == 4)
+        used = []
+        for _ in range(6):
+            assert (await it.do())[0] is Verdict.EXITED
+            await eventually(lambda: len(it.engine._idle) == 4)
+            used.append(it.engine._idle[-1])
+        assert used[::2] == [used[0]] * 3
+        assert used[1::2] == [used[1]] * 3
+        assert used[0] is not used[1]
+
+
+async def test_the_only_idle_slot_is_taken(state):
+    async with deployed(state) as it:
+        for _ in range(3):
+            assert (await it.do())[0] is Verdict.EXITED
+        assert it.containers.started == 1
+
+
 async def test_a_slot_is_replaced_by_age_but_only_once_it_has_served(state):
     async with deployed(state, slot_seconds=1) as it:
         (first,) = it.engine._slots.alive
