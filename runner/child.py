@@ -168,15 +168,45 @@ def _refuse(inbox: Inbox, reason: str) -> NoReturn:
 # --- its steps: each gives operations of the plan, ready to be done
 
 
+class Bounding:
+    """The bounding set, all of it: 41 calls, for which there is time while a child waits, and which take nothing that it needs."""
+
+    __slots__ = ("_drop", "_every", "_is_empty")
+
+    def __init__(self) -> None:
+        with open("/proc/sys/kernel/cap_last_cap", encoding="ascii") as file:
+            self._every = range(int(file.read()) + 1)
+        self._drop = syscalls.prepare("prctl", _PR_CAPBSET_DROP)
+        self._is_empty = bytearray(1)
+
+    def empty(self) -> int:
+        """Unless that is done. Needs a capability."""
+        if not self._is_empty[0]:
+            drop = self._drop
+            for capability in self._every:
+                if drop(capability, 0, 0, 0):
+                    return -1
+            self._is_empty[0] = 1
+        return 0
+
+    def empty_ahead(self) -> int:
+        """What hinders it is found again, and told, once there is somebody to tell."""
+        self.empty()
+        return 0
+
+
 class Order:
     """What the steps are for."""
 
-    __slots__ = ("configuration", "facts", "inbox", "kind", "taken")
+    __slots__ = ("bounding", "configuration", "facts", "inbox", "kind", "taken")
 
-    def __init__(self, configuration: Configuration, kind: Kind, facts: confine.Facts, inbox: Inbox, taken: int) -> None:
+    def __init__(
+        self, configuration: Configuration, kind: Kind, facts: confine.Facts, inbox: Inbox, taken: int, bounding: Bounding
+    ) -> None:
         self.configuration = configuration
         self.kind = kind
         self.facts = facts
+        self.bounding = bounding
         self.inbox = inbox
         """`first` will be the request's socket, `second` the mount."""
         self.taken = taken
@@ -185,6 +215,7 @@ class Order:
 
 def _run(order: Order) -> Iterator[Act]:
     """Wait for it; no tenant's byte comes this way. Its socket comes into place first: a refusal has to go somewhere."""
+    yield order.bounding.empty_ahead, 0
     yield order.inbox.receive, HEADER.size
     yield syscalls.prepare("write", order.taken, struct.pack("=Q", 1), 8), 8
     for standard in (0, 1):
@@ -207,17 +238,7 @@ def _descriptors(order: Order) -> Iterator[Act]:
 
 def _capabilities(order: Order) -> Iterator[Act]:
     """All of them, over the child's own namespaces; first those of the bounding set, which takes one of them."""
-    with open("/proc/sys/kernel/cap_last_cap", encoding="ascii") as file:
-        every = range(int(file.read()) + 1)
-    drop = syscalls.prepare("prctl", _PR_CAPBSET_DROP)
-
-    def drop_all() -> int:
-        for capability in every:
-            if drop(capability, 0, 0, 0):
-                return -1
-        return 0
-
-    yield drop_all, 0
+    yield order.bounding.empty, 0
     yield syscalls.prepare("capset", struct.pack("=Ii", _CAPABILITY_VERSION_3, 0), bytes(24)), 0
 
 

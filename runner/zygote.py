@@ -27,6 +27,7 @@ import os
 import signal
 import struct
 import sys
+from functools import partial
 
 from . import child, cloning, confine, prefault, shelf, syscalls
 from .answer import Exit, answer, read_build
@@ -54,6 +55,9 @@ _CONTROL, _WORK, _TAKEN, _MEMORY_EVENTS, _FIRST_FREE = 4, 5, 6, 7, 8
 
 _AF_UNIX, _SOCK_SEQPACKET, _MSG_DONTWAIT, _MSG_NOSIGNAL = 1, 5, 0x40, 0x4000
 _POLLIN = 1
+# Of the lower bytes of two revents, which hold all that can come.
+_ORDERS_CAME, _CHILD_ENDED = 6, 14
+_SIGKILL = int(signal.SIGKILL)
 _CLONE_NEWNS, _CLONE_NEWUTS, _CLONE_NEWIPC = 0x20000, 0x4000000, 0x8000000
 _CLONE_NEWUSER, _CLONE_NEWPID, _CLONE_PIDFD = 0x10000000, 0x20000000, 0x1000
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_REMOUNT = 1, 2, 4, 8, 32
@@ -77,8 +81,9 @@ def live(configuration: Configuration) -> NoReturn:
             confine.total(name, step, order)
             facts.steps += (name,)
         inbox = rehearsal.inbox if rehearsal else Inbox(_WORK)
-        waiting = child.plan(child.Order(configuration, PLAIN, facts, inbox, _TAKEN), child.STEPS[:1], {})
-        clone = Clone(child.child(inbox, waiting, _lives(order, inbox, facts), read_build()))
+        childs_order = partial(child.Order, configuration, inbox=inbox, taken=_TAKEN, bounding=child.Bounding())
+        waiting = child.plan(childs_order(PLAIN, facts), child.STEPS[:1], {})
+        clone = Clone(child.child(inbox, waiting, _lives(order, childs_order, facts), read_build()))
         confine.total("root", _pivot)
     except UnconfinedError as refusal:
         _refuse(str(refusal))
@@ -94,13 +99,13 @@ def live(configuration: Configuration) -> NoReturn:
     clone.ever()
 
 
-def _lives(order: Order, inbox: Inbox, facts: confine.Facts) -> dict[int, child.Life]:
+def _lives(order: Order, childs_order: Callable[[Kind, confine.Facts], child.Order], facts: confine.Facts) -> dict[int, child.Life]:
     """By their commands. `facts` become those of a plain one, which a self-test tells."""
     made: dict[tuple[str, bool], child.Plan] = {}
 
     def life(kind: Kind) -> child.Life:
         told = facts if kind is PLAIN else confine.Facts()
-        return child.Life(child.Order(order.configuration, kind, told, inbox, _TAKEN), order.databases[kind.read_only], made)
+        return child.Life(childs_order(kind, told), order.databases[kind.read_only], made)
 
     lives = {kind: life(kind) for kind in dict.fromkeys((PLAIN, *child.KINDS.values()))}
     return {command: lives[kind] for command, kind in child.KINDS.items()}
@@ -230,18 +235,17 @@ STEPS: tuple[tuple[str, Callable[[Order], None]], ...] = (
 class Clone:
     """Its children, by clone3: one call for a process with its namespaces, where fork and unshare take two processes."""
 
-    _POLLED = struct.Struct("=ihhihh")  # two struct pollfd
-
     def __init__(self, reply: Callable[[], bytes | None]) -> None:
         self._reply = reply
         self._rehearsed = 0
-        self._polled = ctypes.create_string_buffer(self._POLLED.pack(_CONTROL, _POLLIN, 0, 0, _POLLIN, 0), self._POLLED.size)
-        pidfd = ctypes.c_int.from_buffer(self._polled, self._POLLED.size // 2)
+        self._polled = bytearray(struct.pack("=ihhihh", _CONTROL, _POLLIN, 0, 0, _POLLIN, 0))  # two struct pollfd
+        polled = (ctypes.c_char * len(self._polled)).from_buffer(self._polled)
+        pidfd = ctypes.c_int.from_buffer(self._polled, len(self._polled) // 2)
         flags = _CLONE_NEWUSER | _CLONE_NEWNS | _CLONE_NEWPID | _CLONE_NEWIPC | _CLONE_NEWUTS | _CLONE_PIDFD
         # struct clone_args: flags, pidfd, child_tid, parent_tid, exit_signal, stack, stack_size, tls
         arguments = struct.pack("=8Q", flags, ctypes.addressof(pidfd), 0, 0, signal.SIGCHLD, 0, 0, 0)
         self._clone = syscalls.prepare("clone3", arguments, len(arguments))
-        self._sleep = syscalls.prepare("ppoll", self._polled, 2, None, None, 8)
+        self._sleep = syscalls.prepare("ppoll", polled, 2, None, None, 8)
         self._close = syscalls.prepare("close", pidfd)
         status = ctypes.create_string_buffer(4)
         self._status = ctypes.c_int.from_buffer(status)
@@ -255,7 +259,7 @@ class Clone:
 
     def ever(self) -> NoReturn:
         """One after the other, until the control closes. It sleeps at once: what it writes to while a child lives is copied."""
-        clone, reply, sleep, answered = self._clone, self._reply, self._sleep, int(Exit.ANSWERED)
+        clone, reply, sleep, polled, answered = self._clone, self._reply, self._sleep, self._polled, int(Exit.ANSWERED)
         run = untaken = 0
         while True:
             pid = clone()
@@ -271,20 +275,19 @@ class Clone:
             while True:
                 if sleep() < 0 or pid < 0:
                     sys.exit(f"no child: {syscalls.failure('ppoll or clone3')}")
-                _, _, orders, _, _, ended = self._POLLED.unpack_from(self._polled)
-                if ended:
+                if polled[_CHILD_ENDED]:
                     break
-                if orders:
+                if polled[_ORDERS_CAME]:
                     killed = self._obey(pid, run) or killed
             if self._reap() != pid:
                 sys.exit(f"a child stays: {syscalls.failure('wait4')}")
             self._close()
             taken = self._was_taken() > 0
             if taken or killed:
-                untaken = 0
+                untaken, status = 0, self._status.value
                 if not taken:
                     self._throw_away()
-                _REPORT.pack_into(self._report, 0, _ENDED, self._flags(), run, self._status.value)
+                _REPORT.pack_into(self._report, 0, _ENDED, self._flags(status), run, status)
                 if self._send() < 0:
                     sys.exit("the launcher is gone")
                 run += 1
@@ -325,8 +328,8 @@ class Clone:
         os.kill(pid, signal.SIGKILL)
         return True
 
-    def _flags(self) -> int:
-        if self._status.value & 0x7F != signal.SIGKILL:
+    def _flags(self, status: int) -> int:
+        if status & 0x7F != _SIGKILL:
             return 0
         before, self._oom_kills = self._oom_kills, _count_oom_kills()
         return _KILLED_FOR_MEMORY if self._oom_kills > before else 0

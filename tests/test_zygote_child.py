@@ -155,6 +155,32 @@ async def waiting_child(slot: Opened) -> int:
     return slot.child()
 
 
+async def test_a_child_that_waits_has_its_capabilities_and_could_never_have_them_again(production: Contained) -> None:
+    async with production.open() as slot:
+        status = dict(line.split(":\t") for line in Path(f"/proc/{await waiting_child(slot)}/status").read_text().splitlines())
+    assert int(status["CapBnd"], 16) == 0
+    assert int(status["CapEff"], 16) != 0
+
+
+def test_a_bounding_set_that_stays_ahead_is_emptied_later_or_refused() -> None:
+    bounding = child.Bounding()
+    dropped: list[int] = []
+    hindered = True
+
+    def drop(capability: int, *_: int) -> int:
+        dropped.append(capability)
+        return -1 if hindered and capability == 21 else 0
+
+    bounding._drop = drop
+    assert (bounding.empty_ahead(), bounding.empty()) == (0, -1)
+    hindered = False
+    dropped.clear()
+    assert bounding.empty() == 0
+    assert dropped == [*range(int(Path("/proc/sys/kernel/cap_last_cap").read_text()) + 1)]
+    dropped.clear()
+    assert (bounding.empty(), dropped) == (0, [])
+
+
 class Traces:
     """Of a slot, as the host sees them."""
 
