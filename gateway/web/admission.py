@@ -14,8 +14,8 @@ from __future__ import annotations
 import asyncio
 import hmac
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Literal, TypeVar
 
 from aiohttp import web
@@ -69,17 +69,23 @@ Makes = Literal["nothing", "fresh", "copy"]
 """Of a route: an instance for whoever comes without a token ("fresh"), one for everybody ("copy"), or none."""
 
 
-@contextmanager
-def admitted(request: web.Request, *, makes: Makes = "nothing", keyed: bool = False) -> Iterator[Visit]:
-    """Everything that one request does happens within; raises ApiErrors. `keyed`: whether the route takes an Idempotency-Key."""
+def admitted(request: web.Request, *, makes: Makes = "nothing", keyed: bool = False) -> Visit:
+    """For `with`, within which everything that one request does happens; raises ApiErrors.
+
+    `keyed`: whether the route takes an Idempotency-Key.
+    """
     app, exchange = request.app, request[EXCHANGE]
-    with app[DRAIN].work():
+    drain = app[DRAIN]
+    drain.enter()
+    try:
         fresh = makes == "fresh" and SESSION not in request.headers
         creates = fresh or makes == "copy"
         app[BREAKER].refuse_if_open(creates=creates)
         _count(app[REQUEST_RATE], exchange)
-        with app[ROOM].loan(exchange.address) as loan:
-            yield Visit(request, exchange, loan, fresh=fresh, creates=creates, keyed=keyed)
+        return Visit(request, exchange, app[ROOM].loan(exchange.address), fresh=fresh, creates=creates, keyed=keyed)
+    except BaseException:
+        drain.leave()
+        raise
 
 
 class Visit:
@@ -124,6 +130,13 @@ class Visit:
         self._key = idempotency_key(request.headers) if keyed else None
         if self._key is not None and fresh:
             raise BadParameterError(f"{IDEMPOTENCY_KEY} goes with {SESSION}: without it each attempt makes an instance of its own")
+
+    def __enter__(self) -> Visit:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.loan.close()
+        self.app[DRAIN].leave()
 
     async def body(self, max_bytes: int) -> bytes:
         """All of it, held by the loan."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from .errors import ShuttingDownError
 
@@ -21,19 +19,17 @@ class Drain:
     def draining(self) -> bool:
         return self._draining
 
-    @contextmanager
-    def work(self) -> Iterator[None]:
-        """Hold for one request; raises ShuttingDownError once draining has begun."""
+    def enter(self) -> None:
+        """One more request, until it leaves; raises ShuttingDownError once draining has begun."""
         if self._draining:
             raise ShuttingDownError
         self._active += 1
         self._idle.clear()
-        try:
-            yield
-        finally:
-            self._active -= 1
-            if self._active == 0:
-                self._idle.set()
+
+    def leave(self) -> None:
+        self._active -= 1
+        if self._active == 0:
+            self._idle.set()
 
     def hurry(self) -> None:
         """Whoever waits for the rest waits no longer."""

@@ -66,6 +66,9 @@ class Loan:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         self.hold(0)
         self._over = True
 
