@@ -139,9 +139,9 @@ async def test_a_launcher_that_is_silent_refuses_everything_and_keeps_nobody_wai
         lost = asyncio.ensure_future(web.sql("SELECT 1", token))
         await until(lambda: web.launcher.count(Verb.RUN) == 2)
         waits = asyncio.ensure_future(web.sql("SELECT 1", token))
-        await until(lambda: web.launcher.count(Verb.FIND) == 1)
+        await until(lambda: web.app[RUNS].leases.waiting == 1)
         web.launcher.silent |= {Verb.HEALTH, Verb.FIND}
-        asks, creates = (asyncio.ensure_future(web.sql("SELECT 1", presented)) for presented in (token, None))
+        asks, creates = (asyncio.ensure_future(web.sql("SELECT 1", presented)) for presented in (web.unheard_of(), None))
         # Its run would have ten minutes for its start, and the others would wait for it, or for ten seconds.
         await assert_error(await waits, "circuit_open")
         for unanswered in (asks, creates, lost):

@@ -7,6 +7,8 @@ import json
 import logging
 import time
 import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import pytest
 
@@ -14,8 +16,9 @@ from gateway.protocol import Reply, Status, Verb, Verdict
 from gateway.uuid7 import uuid7
 from gateway.web.appkeys import ACCESS_LOG, DRAIN, ROOM, RUNS, TOKENS
 from gateway.web.middleware import COMMON_HEADERS
+from gateway.web.secret import Secret
 
-from .fake_launcher import GOLDEN, FakeRun, assert_error, ending_after, frame, gateway, ok, replying, replying_after, until
+from .fake_launcher import GOLDEN, FakeRun, Gateway, assert_error, ending_after, frame, gateway, ok, replying, replying_after, until
 
 
 @pytest.fixture
@@ -26,6 +29,12 @@ async def web(tmp_path):
 
 def held(web) -> int:
     return web.app[RUNS].leases.held
+
+
+def expire(web: Gateway, instance: uuid.UUID) -> None:
+    """As if its end had come."""
+    del web.launcher.instances[instance]
+    web.app[RUNS].extended(instance, int(time.time()) - 1)
 
 
 # ── the compatible core ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -97,15 +106,16 @@ async def test_tokens_that_are_no_good_are_all_answered_at_once_while_everybody_
     async with gateway(tmp_path, slots=2, deadline_seconds=60.0) as web:
         expired, busy, other = [await web.token() for _ in range(3)]
         await until(lambda: held(web) == 0)
-        gone = next(iter(web.launcher.instances))
-        del web.launcher.instances[gone]
+        gone, leased, _ = web.launcher.instances
+        expire(web, gone)
         finish = asyncio.Event()
         web.launcher.script = replying_after(finish)
         runs = [asyncio.ensure_future(web.sql("SELECT 1", busy))]
         await until(lambda: web.launcher.running == 1)
-        web.launcher.instances, all_of_them = {}, web.launcher.instances
+        ends_at = web.launcher.instances[leased]
+        expire(web, leased)
         await assert_error(await web.sql("SELECT 1", busy), "instance_not_found")  # a slot is free, the lease is not
-        web.launcher.instances = all_of_them
+        web.launcher.instances[leased] = ends_at
         runs += [asyncio.ensure_future(web.sql("SELECT 1", token)) for token in (other, busy, other)]
         await until(lambda: web.launcher.running == 2 and web.app[RUNS].leases.waiting == 2)
         for token in (expired, "wkn_no", expired):
@@ -267,6 +277,53 @@ async def test_a_token_that_is_no_good_takes_no_slot(tmp_path):
         await assert_error(await web.sql("SELECT 1", token[:-1]), "instance_not_found")
         finish.set()
         assert (await first).status == 200
+
+
+def asked_by(web: Gateway) -> list[Verb]:
+    return [verb for verb, _ in web.launcher.verbs]
+
+
+@asynccontextmanager
+async def crowded(web: Gateway) -> AsyncIterator[None]:
+    """Its only slot is held."""
+    finish, holder = asyncio.Event(), await web.token()
+    web.launcher.script = replying_after(finish)
+    begun = len(web.launcher.requests)
+    holds = asyncio.ensure_future(web.sql("SELECT 1", holder))
+    await until(lambda: len(web.launcher.requests) == begun + 1)
+    yield
+    finish.set()
+    assert (await holds).status == 200
+
+
+async def test_who_waits_is_asked_for_unless_a_run_has_told_that_its_instance_lives(tmp_path):
+    async with gateway(tmp_path, slots=1) as web:
+        known = await web.token()
+        async with crowded(web):
+            before = len(asked_by(web))
+            waits = [asyncio.ensure_future(web.sql("SELECT 1", token)) for token in (known, web.unheard_of())]
+            await until(lambda: len(asked_by(web)) == before + 1 and web.app[RUNS].leases.waiting == 2)
+            assert asked_by(web)[before:] == [Verb.FIND]
+        for answer in await asyncio.gather(*waits):
+            assert answer.status == 200
+            assert int(answer.headers["X-Walkin-TTL"]) > time.time()
+
+
+@pytest.mark.parametrize("how", ["deleted", "expired", "refused"])
+async def test_an_instance_that_was_known_and_is_no_more_is_a_404_before_any_wait(tmp_path, how):
+    async with gateway(tmp_path, slots=1) as web:
+        token = await web.token()
+        instance = web.app[TOKENS].resolve(Secret(token)).instance
+        if how == "deleted":
+            async with web.client.delete(web.url + "/session", headers={"X-Walkin-Session": token}) as answer:
+                assert answer.status == 204
+        elif how == "expired":
+            expire(web, instance)
+        else:
+            del web.launcher.instances[instance]
+            await assert_error(await web.sql("SELECT 1", token), "instance_not_found")
+        async with crowded(web):
+            await assert_error(await web.sql("SELECT 1", token), "instance_not_found")
 
 
 async def test_a_token_sent_twice_is_a_token_failure(web):

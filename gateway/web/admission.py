@@ -266,8 +266,11 @@ class Visit:
         """Have the answer say when the instance ends, if that is known."""
         end = self._expires_at if self._expires_at is not None else turn.expires_at
         if end is not None:
-            self._expires_at = end
-            self.exchange.headers[TTL] = str(end)
+            self._tell_end(end)
+
+    def _tell_end(self, expires_at: int) -> None:
+        self._expires_at = expires_at
+        self.exchange.headers[TTL] = str(expires_at)
 
     def hand_over(self, instance: uuid.UUID, expires_at: int) -> None:
         """Have the answer carry the token of a new instance, which is the caller's from now on."""
@@ -306,13 +309,19 @@ class Visit:
         """The caller's instance. RUN notices by itself that it is gone. A token that is no good never holds a slot: it asks FIND
         for an instance that is nowhere, and gets the same answer.
 
-        Who would wait asks FIND first too: a token of an instance that is gone is answered as soon as one that never was any. Nor
-        does anybody wait for lease, slot and container of a launcher that hangs: it answers this, or it answers nothing.
+        Who would wait asks FIND first too, unless a run has told already that the instance lives: a token of one that is gone is
+        answered as soon as one that never was any. Nor does who asks wait for lease, slot and container of a launcher that hangs:
+        it answers this, or it answers nothing. Who need not ask waits until the breaker has noticed.
         """
         if self.instance is None:
-            instance = self._token().instance
-            if not self._genuine or self.app[LAUNCHER].silent or self.app[RUNS].leases.crowded(instance):
+            instance, runs = self._token().instance, self.app[RUNS]
+            if not self._genuine or self.app[LAUNCHER].silent:
                 await self._look()
+            elif runs.leases.crowded(instance):
+                if (expires_at := runs.end_to_come(instance)) is None:
+                    await self._look()
+                else:
+                    self._tell_end(expires_at)
             self.instance = self.exchange.instance = instance
         return self.instance
 
@@ -322,8 +331,7 @@ class Visit:
         if not self._genuine or found is None:
             raise InstanceNotFoundError
         self.instance = self.exchange.instance = instance
-        self._expires_at = found.expires_at
-        self.exchange.headers[TTL] = str(found.expires_at)
+        self._tell_end(found.expires_at)
         return found
 
     async def _within_new(self, ticket: Ticket, work: Callable[[Turn], Awaitable[T]], keeps_at_fault: bool) -> T:

@@ -148,6 +148,7 @@ async def end(request: web.Request) -> web.Response:
         read_query(request.rel_url.raw_query_string)
         await visit.find(writes=True)
         await visit.within_turn(lambda _: launcher.remove(visit.own_instance, visit.exchange.request_id_bytes))
+        request.app[RUNS].ended(visit.own_instance)
         request.app[REPLAYS].forget(visit.own_instance)
         del visit.exchange.headers[TTL]
         return web.Response(status=204)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from ..operator_log import about
 from ..protocol import Verdict
 from .channel import Channel, Streams
 from .dialogue import Dialogue
-from .errors import ApiError, LauncherUnavailableError, QueryTimeoutError, RunnerFailedError
+from .errors import ApiError, InstanceNotFoundError, LauncherUnavailableError, QueryTimeoutError, RunnerFailedError
 from .launcher import Launcher, RepeatedError, RunEnd
 from .runner import Order
 from .verdicts import error_without_reply
@@ -54,6 +55,14 @@ class Expiries:
 
     def get(self, instance: uuid.UUID) -> int | None:
         return self._known.get(instance)
+
+    def to_come(self, instance: uuid.UUID) -> int | None:
+        """The end of an instance that still lives, as far as is known."""
+        expires_at = self._known.get(instance)
+        return expires_at if expires_at is not None and expires_at > time.time() else None
+
+    def forget(self, instance: uuid.UUID) -> None:
+        self._known.pop(instance, None)
 
     def remember(self, instance: uuid.UUID, expires_at: int) -> None:
         self._known[instance] = expires_at
@@ -168,6 +177,8 @@ class Run:
 
     def _over(self, end: RunEnd) -> None:
         self._end = end
+        if isinstance(end, InstanceNotFoundError):
+            self._expiries.forget(self._instance)
         if self._told is not None:
             self._told.set()
         self._conclude()

@@ -308,6 +308,14 @@ class Runs:
             run.hurry()
         self._launcher.hurry()
 
+    def end_to_come(self, instance: uuid.UUID) -> int | None:
+        """The unix second of the deletion of an instance that is known to live: the launcher's last word on it."""
+        return self._expiries.to_come(instance)
+
+    def ended(self, instance: uuid.UUID) -> None:
+        """It has been deleted before its time."""
+        self._expiries.forget(instance)
+
     def extended(self, instance: uuid.UUID, expires_at: int) -> None:
         """The launcher says that the instance ends at that unix second from now on."""
         self._expiries.remember(instance, expires_at)
