@@ -113,7 +113,8 @@ them until its own filter takes them, which is before it reads a byte of the req
 
 It is cloned with every capability over namespaces of its own, and with none over anything else. These steps, in this order, stand
 between that and the request: {names(name for name, _ in child.STEPS)}. Before it, once, its zygote has taken these:
-{names(name for name, _ in zygote.STEPS)}.
+{names(name for name, _ in zygote.STEPS)}. The bounding set of its capabilities is emptied while it waits for `run`;
+`capabilities` empties it again if that has failed, and refuses if it fails once more.
 """
 
 
