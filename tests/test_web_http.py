@@ -309,6 +309,16 @@ async def test_who_waits_is_asked_for_unless_a_run_has_told_that_its_instance_li
             assert int(answer.headers["X-Walkin-TTL"]) > time.time()
 
 
+async def test_a_wait_that_is_too_long_tells_when_the_instance_ends(tmp_path):
+    async with gateway(tmp_path, slots=1, queue_timeout_seconds=0.05) as web:
+        known = await web.token()
+        async with crowded(web):
+            for token in (known, web.unheard_of()):
+                answer = await web.sql("SELECT 1", token)
+                await assert_error(answer, "overloaded")
+                assert int(answer.headers["X-Walkin-TTL"]) > time.time()
+
+
 @pytest.mark.parametrize("how", ["deleted", "expired", "refused"])
 async def test_an_instance_that_was_known_and_is_no_more_is_a_404_before_any_wait(tmp_path, how):
     async with gateway(tmp_path, slots=1) as web:
@@ -999,6 +1009,12 @@ async def test_a_caller_that_hung_up_is_logged_as_499(web, tmp_path):
     await web.app[ACCESS_LOG].flush()
     (path,) = (tmp_path / "log").iterdir()
     assert [json.loads(line)["http_status"] for line in path.read_text().splitlines()] == [200, 499]
+
+
+async def test_a_request_that_is_not_let_in_is_not_waited_for(web):
+    async with web.client.post(web.url + "/fork") as answer:
+        assert (answer.status, (await answer.json())["code"]) == (400, "bad_parameter")
+    assert await web.app[DRAIN].begin(1.0)
 
 
 async def test_stopping_finishes_what_runs_and_refuses_what_comes(web):

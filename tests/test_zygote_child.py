@@ -14,6 +14,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -179,6 +180,8 @@ def test_a_bounding_set_that_stays_ahead_is_emptied_later_or_refused() -> None:
     assert dropped == [*range(int(Path("/proc/sys/kernel/cap_last_cap").read_text()) + 1)]
     dropped.clear()
     assert (bounding.empty(), dropped) == (0, [])
+    order: Any = SimpleNamespace(bounding=bounding)
+    assert next(child._capabilities(order)) == (bounding.empty, 0)
 
 
 class Traces:
