@@ -134,7 +134,7 @@ unseal_state() {
 }
 
 mount_by_docker() {
-    docker run --rm --privileged --pid host --network none --entrypoint /usr/bin/python3.11 "$image" -I -S -c '
+    docker run --rm --privileged --pid host --network none --entrypoint /usr/bin/python3.13 "$image" -I -S -c '
 import ctypes, os, sys
 libc = ctypes.CDLL(None, use_errno=True)
 NOSUID_NODEV_NOEXEC, REMOUNT, BIND, CLONE_NEWNS = 2 | 4 | 8, 32, 4096, 0x20000

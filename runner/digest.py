@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 try:
-    from _sha256 import sha256 as new  # type: ignore[import-not-found]
-except ImportError:  # an interpreter newer than the image's, on which only the command `mayfly` runs
+    from _sha2 import sha256 as new  # type: ignore[import-not-found]
+except ImportError:  # an interpreter older than the image's, on which only the command `mayfly` runs
     from hashlib import sha256 as new
 
 __all__ = ("new", "sha256")

@@ -88,7 +88,7 @@ class Probes:
         body = container_specification(Settings(image=self.image), uuid.UUID(int=0), Path("/unused"), "tests", PROFILE)
         body = copy.deepcopy(body)
         body |= {
-            "Entrypoint": ["/usr/bin/python3.11", "-I", "-S", "-B", f"/opt/mayfly/probes{probe}"],
+            "Entrypoint": ["/usr/bin/python3.13", "-I", "-S", "-B", f"/opt/mayfly/probes{probe}"],
             "Cmd": [json.dumps(order)],
             "AttachStderr": True,
             "Labels": {"org.mayfly.test": "probes"},

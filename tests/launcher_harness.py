@@ -102,7 +102,7 @@ match request["do"]:
 @contextmanager
 def runner_image() -> Iterator[str]:
     """The real image with another program in it."""
-    command = ["/usr/bin/python3.11", "-I", "-S", "-B", "/opt/runner.py"]
+    command = ["/usr/bin/python3.13", "-I", "-S", "-B", "/opt/runner.py"]
     files = {
         "runner.py": RUNNER,
         "Dockerfile": f"FROM mayfly-runner:latest\nADD runner.py /opt/\nENTRYPOINT {json.dumps(command)}\n",

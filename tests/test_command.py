@@ -107,7 +107,7 @@ def no_container_is_left():
 def taken_over():
     """An image whose runner says what it likes."""
     digests = {text: hashlib.sha256(text.encode()).hexdigest() for text in ("forged", *(f"{act}\n" for act in ACTS))}
-    entry = ["/usr/bin/python3.11", "-I", "-S", "-B", "/opt/taken_over.py", json.dumps(digests)]
+    entry = ["/usr/bin/python3.13", "-I", "-S", "-B", "/opt/taken_over.py", json.dumps(digests)]
     files = {
         "taken_over.py": TAKEN_OVER,
         "Dockerfile": f"FROM {Settings.from_environment().image}\nADD taken_over.py /opt/\nENTRYPOINT {json.dumps(entry)}\n",

@@ -30,7 +30,7 @@ from .engines import ENTRY, Contained, contained
 
 ENGINES = ("docker", "zygote")
 NAMESPACES = ("mnt", "pid", "ipc", "uts", "net", "cgroup")
-INTERPRETER = "/usr/bin/python3.11"
+INTERPRETER = "/usr/bin/python3.13"
 CAPABILITIES = ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
 HARMLESS_DEVICES = {"c 1:3", "c 1:5", "c 1:7", "c 1:8", "c 1:9", "c 5:0", "c 5:2"}  # null zero full random urandom tty ptmx
 FILES = {"/data/db.sqlite", "/data/db.sqlite-journal"}
@@ -314,7 +314,7 @@ def survey_without_any_layer(probes: Probes, settings: Settings) -> dict[str, An
     )
     body = {
         "Image": probes.image,
-        "Entrypoint": ["/usr/bin/python3.11", "-I", "-S", "-B", "-c", code, *ENTRY, "serve"],
+        "Entrypoint": ["/usr/bin/python3.13", "-I", "-S", "-B", "-c", code, *ENTRY, "serve"],
         "User": "0:0",
         "Env": [f"TOKEN_KEY={SECRET}"],
         "OpenStdin": True,

@@ -186,7 +186,7 @@ def test_image_has_no_program_beside_interpreter_loader_and_setpriv(image):
         subprocess.run(["docker", "rm", container], check=True, capture_output=True)
     programs = {line.split()[5] for line in listed.splitlines() if line.startswith("-rwx")}
     of_dockers_own = {name for name in programs if name.startswith(("dev/", "etc/", ".dockerenv"))}
-    assert programs - of_dockers_own == {"lib64/ld-linux-x86-64.so.2", "usr/bin/python3.11", "usr/bin/setpriv"}
+    assert programs - of_dockers_own == {"lib64/ld-linux-x86-64.so.2", "usr/bin/python3.13", "usr/bin/setpriv"}
 
 
 def test_launchers_seccomp_profile_denies_mounts_namespaces_and_networks(image):

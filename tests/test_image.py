@@ -24,9 +24,9 @@ import pytest
 
 REPO = Path(__file__).resolve().parent.parent
 TAG = os.environ.get("MAYFLY_IMAGE", "mayfly-runner:latest")
-PYTHON = "usr/bin/python3.11"
+PYTHON = "usr/bin/python3.13"
 LOADER = "lib64/ld-linux-x86-64.so.2"
-APSW = "opt/mayfly/apsw/__init__.cpython-311-x86_64-linux-gnu.so"
+APSW = "opt/mayfly/apsw/__init__.cpython-313-x86_64-linux-gnu.so"
 LIMIT_BYTES = 18_000_000
 UNCHECKED_HASH = 0b01
 
@@ -199,7 +199,7 @@ def test_image_stays_small(image):
 
 def test_image_runs_the_runner_as_an_unprivileged_user_and_nothing_else(image):
     config = image.attrs["Config"]
-    assert config["Entrypoint"] == ["/usr/bin/python3.11", "-I", "-S", "-B", "/opt/mayfly/__main__.pyc"]
+    assert config["Entrypoint"] == ["/usr/bin/python3.13", "-I", "-S", "-B", "/opt/mayfly/__main__.pyc"]
     assert config["User"] == "64700:64700"
     assert not config["Cmd"]
     assert not config.get("ExposedPorts")

@@ -72,7 +72,7 @@ def ask() -> Iterator[Script]:
         code = f"{PRELUDE}given = json.loads({json.dumps(given)!r})\n{script}\nprint(json.dumps(told))"
         container = client.containers.create(
             TAG,
-            entrypoint=["/usr/bin/python3.11", "-I", "-S", "-B", "-c", code],
+            entrypoint=["/usr/bin/python3.13", "-I", "-S", "-B", "-c", code],
             network_mode="none",
             read_only=True,
             tmpfs={"/work": "size=4m,mode=1777"},

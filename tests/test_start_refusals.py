@@ -23,7 +23,7 @@ from .containers import PROFILE, ROOT, probes_beside_the_runner, profile_with
 from .launcher_harness import Launcher, containers_of
 from .sealed import sealed_directory
 
-FOREIGN = ["/usr/bin/python3.11", "-I", "-S", "-B", "/opt/mayfly/probes/foreign_machine.py"]
+FOREIGN = ["/usr/bin/python3.13", "-I", "-S", "-B", "/opt/mayfly/probes/foreign_machine.py"]
 
 
 @pytest.fixture

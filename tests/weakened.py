@@ -43,7 +43,7 @@ from .launcher_harness import launched
 from .sealed import sealed_directory
 
 PROBE = "/layers.py"
-ENTRY = ["/usr/bin/python3.11", "-I", "-S", "-B", f"/opt/mayfly/probes{PROBE}"]
+ENTRY = ["/usr/bin/python3.13", "-I", "-S", "-B", f"/opt/mayfly/probes{PROBE}"]
 OPEN_TMPFS = "rw,suid,dev,exec,uid=64700,size=64m"
 
 WEAKENINGS: Mapping[str, Mapping[str, Any]] = {

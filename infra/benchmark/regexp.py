@@ -14,7 +14,7 @@ from gateway.settings import Settings
 
 from .errors import BenchmarkError
 
-ENTRY = ("--entrypoint=/usr/bin/python3.11", "--network=none", "--read-only", "--cap-drop=ALL")
+ENTRY = ("--entrypoint=/usr/bin/python3.13", "--network=none", "--read-only", "--cap-drop=ALL")
 
 SCRIPT = r"""
 import json, re, signal, sys, time
