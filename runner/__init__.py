@@ -24,10 +24,10 @@ gives the answer `timeout` itself, or what an answer that has begun lacks, and e
 outside, which is not the runner's.
 
 With engine zygote a runner is not started but cloned, from an interpreter that stands in a slot container without a volume.
-`zygote` is that interpreter's life, `cloning` what makes it cheap to clone, and `prefault` what a clone does while it waits;
-`child` is the clone's confinement, as a plan of system calls made ready beforehand, one for each kind. Its connection is opened and
-fortified before it is cloned, on an empty file whose descriptor it then gives to the tenant's. From the request on its way is the
-one above, without the watchdog: the kill from outside does its work.
+`zygote` is that interpreter's life, `cloning` and `huge_pages` what makes it cheap to clone. `child` is the clone's confinement, as
+a plan of system calls made ready beforehand, one for each kind. Its connection is opened and fortified before it is cloned, on an
+empty file whose descriptor it then gives to the tenant's. From the request on its way is the one above, without the watchdog: the
+kill from outside does its work.
 
 What the layers are for: `policy` keeps SQL inside one database and inside its limits. `confine` holds when SQLite itself is
 taken over: then the process can still read two capped files, write them if it may, and say something on descriptor 1, where

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     Run = Callable[[Asked, Expired], bytes | None]
     """Does what was asked: gives the inside of the reply's last frame, or None if there is nothing more to say, or raises."""
 
-_IN, OUT = 0, 1
+IN, OUT = 0, 1
 _BUILD = "/opt/mayfly/build.json"
 _SELFTEST = {
     "write": Request("CREATE TABLE selftest(a); INSERT INTO selftest VALUES (?) RETURNING a; DROP TABLE selftest", [1], False),
@@ -62,14 +62,14 @@ class Clock:
         return monotonic() >= self.deadline
 
 
-def read_request(configuration: Configuration, clock: Clock, descriptor: int = _IN) -> Asked | VerdictError:
+def read_request(configuration: Configuration, clock: Clock) -> Asked | VerdictError:
     """The request with its upload, or why it is none; its last byte starts the clock. Ends the process when none comes."""
     try:
-        frame, behind = read_frame(descriptor, configuration.max_request_bytes)
+        frame, behind = read_frame(IN, configuration.max_request_bytes)
         clock.deadline = monotonic() + clock.seconds
         request = decode_request(frame)
         if type(request) is Operation and request.upload_bytes:
-            _receive_upload(descriptor, request, behind, configuration.instance_bytes)
+            _receive_upload(request, behind, configuration.instance_bytes)
             clock.deadline = monotonic() + clock.seconds
         return request
     except NoRequestError:
@@ -79,10 +79,10 @@ def read_request(configuration: Configuration, clock: Clock, descriptor: int = _
         return verdict_of(error, None, 0)
 
 
-def _receive_upload(descriptor: int, operation: Operation, behind: bytes, max_bytes: int) -> None:
+def _receive_upload(operation: Operation, behind: bytes, max_bytes: int) -> None:
     if operation.upload_bytes > max_bytes:
         raise VerdictError(Verdict.REQUEST_INVALID, f"an upload of {operation.upload_bytes} bytes; {max_bytes} are allowed")
-    operation.upload = read_upload(descriptor, operation.upload_bytes, behind)
+    operation.upload = read_upload(IN, operation.upload_bytes, behind)
 
 
 def reply_to(request: Asked | VerdictError, run: Run, expired: Expired, outbox: Outbox) -> bytes | None:

@@ -161,7 +161,6 @@ NUMBERS: dict[str, tuple[int | None, int | None]] = {  # (x86_64, aarch64); None
     "pivot_root": (155, 41),
     "ppoll": (271, 73),
     "prctl": (157, 167),
-    "process_madvise": (440, 440),
     "pread64": (17, 67),
     "prlimit64": (302, 261),
     "pwrite64": (18, 68),
@@ -214,9 +213,7 @@ def prepare(name: str, *arguments: Passed) -> Callable[..., int]:
     """One system call, its arguments laid out beforehand: making it touches next to no memory.
 
     It gives the call's result, or -1; `failure` says what that was. More arguments may be passed to it, as they are. Bytes are
-    passed by address, in a copy that the kernel may write to; a buffer's or c_int's content may change from call to call. A
-    process that was just cloned pays 1.8 µs for each page that it is the first to write, and with reference counts to look is to
-    write.
+    passed by address, in a copy that the kernel may write to; a buffer's or c_int's content may change from call to call.
     """
     called = number(name, machine())
     if called is None:

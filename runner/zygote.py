@@ -27,9 +27,10 @@ import os
 import signal
 import struct
 import sys
+import types
 from functools import partial
 
-from . import child, cloning, confine, prefault, shelf, syscalls
+from . import child, cloning, confine, huge_pages, shelf, syscalls
 from .answer import Exit, answer, read_build
 from .child import HEADER, Inbox
 from .configuration import PLAIN
@@ -73,29 +74,27 @@ def live(configuration: Configuration) -> NoReturn:
     connect()
     shelf.fill()
     entropy = cloning.Entropy()
-    rehearsal = prefault.Rehearsal.of(_WORK, _FIRST_FREE)
     facts = confine.Facts()
     order = Order(configuration)
     try:
         for name, step in STEPS:
             confine.total(name, step, order)
             facts.steps += (name,)
-        inbox = rehearsal.inbox if rehearsal else Inbox(_WORK)
+        inbox = Inbox(_WORK)
         childs_order = partial(child.Order, configuration, inbox=inbox, taken=_TAKEN, bounding=child.Bounding())
         waiting = child.plan(childs_order(PLAIN, facts), child.STEPS[:1], {})
-        clone = Clone(child.child(inbox, waiting, _lives(order, childs_order, facts), read_build()))
+        reply = child.child(inbox, waiting, _lives(order, childs_order, facts), read_build())
         confine.total("root", _pivot)
     except UnconfinedError as refusal:
         _refuse(str(refusal))
     entropy.forget_the_seed()
     gc.collect()
+    cloning.make_immortal()
+    order.heap.finish()
+    order.heap.fill()
+    clone = Clone(reply)
     gc.freeze()
-    cloning.fill_the_heap()
-    if rehearsal:  # last, because nothing may move any more
-        try:
-            confine.total("rehearsal", _rehearse, rehearsal, clone)
-        except UnconfinedError as refusal:
-            _refuse(str(refusal))
+    order.heap.enlarge()
     clone.ever()
 
 
@@ -105,7 +104,8 @@ def _lives(order: Order, childs_order: Callable[[Kind, confine.Facts], child.Ord
 
     def life(kind: Kind) -> child.Life:
         told = facts if kind is PLAIN else confine.Facts()
-        return child.Life(childs_order(kind, told), order.databases[kind.read_only], made)
+        plan = child.plan(childs_order(kind, told), child.STEPS[1:], made)
+        return child.Life(plan, order.databases[kind.read_only], told, kind)
 
     lives = {kind: life(kind) for kind in dict.fromkeys((PLAIN, *child.KINDS.values()))}
     return {command: lives[kind] for command, kind in child.KINDS.items()}
@@ -142,12 +142,13 @@ def connect() -> None:
 class Order:
     """What the steps are for, and what they make."""
 
-    __slots__ = ("configuration", "databases")
+    __slots__ = ("configuration", "databases", "heap")
 
     def __init__(self, configuration: Configuration) -> None:
         self.configuration = configuration
         self.databases: dict[bool, Database] = {}
         """By whether they only read. Prepared, without a file: the descriptor is nobody's here, the tenant's in a child."""
+        self.heap = huge_pages.Heap()
 
 
 def _process(order: Order) -> None:
@@ -188,7 +189,7 @@ def _database(order: Order) -> None:
 
 def _root(order: Order) -> None:
     """An empty file system for the place of the image's, with a place for the volume."""
-    cloning.enlarge_the_text()
+    huge_pages.enlarge_the_text()
     _mount_tmpfs()
     os.mkdir(f"{DATA}{DATA}")
     syscalls.invoke("mount", None, f"{DATA}\0".encode(), None, _SEALED | _MS_REMOUNT | _MS_RDONLY, None)
@@ -206,13 +207,6 @@ def _pivot() -> None:
     os.chdir("/")
     if os.listdir("/") != [DATA[1:]] or os.listdir(DATA):
         raise UnconfinedError("the root is not empty")
-
-
-def _rehearse(rehearsal: prefault.Rehearsal, clone: Clone) -> None:
-    """On a file system that is gone before the first child."""
-    _mount_tmpfs()
-    rehearsal.learn(clone)
-    syscalls.invoke("umount2", f"{DATA}\0".encode(), 0)
 
 
 def _privileges(order: Order) -> None:
@@ -236,8 +230,10 @@ class Clone:
     """Its children, by clone3: one call for a process with its namespaces, where fork and unshare take two processes."""
 
     def __init__(self, reply: Callable[[], bytes | None]) -> None:
+        for own in vars(Clone).values():
+            if isinstance(own, types.FunctionType):  # running it writes to it, so it comes to lie with what else is written to
+                own.__code__ = own.__code__.replace()
         self._reply = reply
-        self._rehearsed = 0
         self._polled = bytearray(struct.pack("=ihhihh", _CONTROL, _POLLIN, 0, 0, _POLLIN, 0))  # two struct pollfd
         polled = (ctypes.c_char * len(self._polled)).from_buffer(self._polled)
         pidfd = ctypes.c_int.from_buffer(self._polled, len(self._polled) // 2)
@@ -287,7 +283,8 @@ class Clone:
                 untaken, status = 0, self._status.value
                 if not taken:
                     self._throw_away()
-                _REPORT.pack_into(self._report, 0, _ENDED, self._flags(status), run, status)
+                flags = self._flags() if status & 0x7F == _SIGKILL else 0
+                _REPORT.pack_into(self._report, 0, _ENDED, flags, run, status)
                 if self._send() < 0:
                     sys.exit("the launcher is gone")
                 run += 1
@@ -295,22 +292,6 @@ class Clone:
                 untaken += 1
                 if untaken == _MOST_UNTAKEN:
                     sys.exit("children die before they take a run")
-
-    def begin(self, play: Callable[[Callable[[], bytes | None]], NoReturn]) -> None:
-        """One that is no run and calls `play`; `end` is its end."""
-        self._rehearsed = self._clone()
-        if not self._rehearsed:
-            try:
-                play(self._reply)
-            finally:
-                os._exit(Exit.REFUSED)
-
-    def end(self) -> None:
-        if self._rehearsed > 0:
-            os.kill(self._rehearsed, signal.SIGKILL)
-            self._reap()
-            self._close()
-            self._was_taken()
 
     def _begin(self, pid: int) -> None:
         if pid < 0:
@@ -328,9 +309,8 @@ class Clone:
         os.kill(pid, signal.SIGKILL)
         return True
 
-    def _flags(self, status: int) -> int:
-        if status & 0x7F != _SIGKILL:
-            return 0
+    def _flags(self) -> int:
+        """Of one that was killed."""
         before, self._oom_kills = self._oom_kills, _count_oom_kills()
         return _KILLED_FOR_MEMORY if self._oom_kills > before else 0
 

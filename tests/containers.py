@@ -21,7 +21,7 @@ from typing import Any
 import docker
 from docker.utils.socket import STDERR, STDOUT, frames_iter
 
-from gateway.launcher.specification import container_specification
+from gateway.launcher.specification import RUNNER_USER, container_specification
 from gateway.settings import Settings
 
 ROOT = Path(__file__).parent.parent
@@ -63,6 +63,27 @@ def profile_with(
     for name, number in (answered or {}).items():
         profile["syscalls"].append({"names": [name], "action": "SCMP_ACT_ERRNO", "errnoRet": number, "args": []})
     return json.dumps(profile)
+
+
+def printed(client: docker.DockerClient, image: str, code: str, **options: Any) -> Any:
+    """What a script prints in the image's interpreter, as JSON; `options` are more of Docker's."""
+    container = client.containers.create(
+        image,
+        entrypoint=["/usr/bin/python3.13", "-s", "-P", "-S", "-B", "-c", code],
+        network_mode="none",
+        read_only=True,
+        user=RUNNER_USER,
+        cap_drop=["ALL"],
+        security_opt=["no-new-privileges"],
+        **options,
+    )
+    try:
+        container.start()
+        status = container.wait(timeout=120)["StatusCode"]
+        assert status == 0, container.logs().decode()
+        return json.loads(container.logs(stderr=False))
+    finally:
+        container.remove(force=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,7 +40,7 @@ from .launcher_harness import containers_of, inspect
 from .probes.looks import look, parse_status, read
 from .sealed import sealed_directory
 
-ENTRY = ["/usr/bin/python3.13", "-I", "-S", "-B", "/opt/mayfly/probes/conformance.py"]
+ENTRY = ["/usr/bin/python3.13", "-s", "-P", "-S", "-B", "/opt/mayfly/probes/conformance.py"]
 ENTRIES = {"docker": ENTRY, "zygote": [*ENTRY[:-1], "/opt/mayfly/probes/clone.py"]}
 MOUNT_SETATTR, AT_EMPTY_PATH, MOUNT_ATTR_NOSUID_NODEV_NOEXEC = 442, 0x1000, 2 | 4 | 8
 PATIENT = 30.0  # the deadline of a probe; what a test wants to see ends long before

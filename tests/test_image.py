@@ -22,6 +22,8 @@ import apsw
 import docker
 import pytest
 
+from .containers import printed
+
 REPO = Path(__file__).resolve().parent.parent
 TAG = os.environ.get("MAYFLY_IMAGE", "mayfly-runner:latest")
 PYTHON = "usr/bin/python3.13"
@@ -69,22 +71,7 @@ def ask(engine: docker.DockerClient, image):
     def run(script: str) -> object:
         prelude = "import sys, json\nsys.path.insert(0, '/opt/mayfly')\nimport apsw\nconnection = apsw.Connection(':memory:')\n"
         prelude += "def rows(sql, args=()):\n    return connection.execute(sql, args).fetchall()\n"
-        container = engine.containers.create(
-            image.id,
-            entrypoint=[f"/{PYTHON}", "-I", "-S", "-B", "-c", prelude + script],
-            network_mode="none",
-            read_only=True,
-            user="64700:64700",
-            cap_drop=["ALL"],
-            security_opt=["no-new-privileges"],
-        )
-        try:
-            container.start()
-            status = container.wait(timeout=60)["StatusCode"]
-            assert status == 0, container.logs().decode()
-            return json.loads(container.logs(stderr=False))
-        finally:
-            container.remove(force=True)
+        return printed(engine, image.id, prelude + script)
 
     return run
 
@@ -199,7 +186,7 @@ def test_image_stays_small(image):
 
 def test_image_runs_the_runner_as_an_unprivileged_user_and_nothing_else(image):
     config = image.attrs["Config"]
-    assert config["Entrypoint"] == ["/usr/bin/python3.13", "-I", "-S", "-B", "/opt/mayfly/__main__.pyc"]
+    assert config["Entrypoint"] == ["/usr/bin/python3.13", "-s", "-P", "-S", "-B", "/opt/mayfly/__main__.pyc"]
     assert config["User"] == "64700:64700"
     assert not config["Cmd"]
     assert not config.get("ExposedPorts")

@@ -21,6 +21,7 @@ import pytest
 from gateway.launcher.specification import runner_configuration
 from gateway.settings import Settings
 
+from .containers import printed
 from .deployment import ENGINES, assert_error, client_of, deployed
 
 TAG = os.environ.get("MAYFLY_IMAGE", "mayfly-runner:latest")
@@ -70,22 +71,7 @@ def ask() -> Iterator[Script]:
 
     def run(script: str, given: object = None) -> Any:
         code = f"{PRELUDE}given = json.loads({json.dumps(given)!r})\n{script}\nprint(json.dumps(told))"
-        container = client.containers.create(
-            TAG,
-            entrypoint=["/usr/bin/python3.13", "-I", "-S", "-B", "-c", code],
-            network_mode="none",
-            read_only=True,
-            tmpfs={"/work": "size=4m,mode=1777"},
-            cap_drop=["ALL"],
-            security_opt=["no-new-privileges"],
-        )
-        try:
-            container.start()
-            status = container.wait(timeout=120)["StatusCode"]
-            assert status == 0, container.logs().decode()
-            return json.loads(container.logs(stderr=False))
-        finally:
-            container.remove(force=True)
+        return printed(client, TAG, code, tmpfs={"/work": "size=4m,mode=1777"})
 
     yield run
     client.close()

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+import docker
+
+from gateway.settings import Settings
+
+from .containers import printed
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -31,9 +38,9 @@ def from_child(act):
 """
 
 
-def told(program: str, folder: Path) -> Any:
+def told(program: str, folder: Path, **environment: str) -> Any:
     command = [sys.executable, "-c", PROGRAM + program, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=REPO)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPO, env={**os.environ, **environment})
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -106,7 +113,7 @@ print(json.dumps(sorted(set(asked))))
 
 def test_warming_up_answers_requests_and_leaves_nothing_behind(tmp_path):
     program = """
-import runner.cloning
+import runner.child
 seen = set()
 def run(request, *rest):
     try:
@@ -116,7 +123,7 @@ def run(request, *rest):
         raise
     seen.add(json.loads(reply)["verdict"])
     return reply
-runner.cloning.run_prepared = run
+runner.child.run_prepared = run
 folder = Path(sys.argv[1], "warm")
 folder.mkdir()
 before = sorted(os.listdir("/proc/self/fd"))
@@ -126,39 +133,136 @@ print(json.dumps([sorted(seen), os.listdir(folder), sorted(os.listdir("/proc/sel
     assert told(program, tmp_path) == [["VerdictError", "ok"], [], True]
 
 
-def test_a_filled_heap_has_no_free_block_below_its_top(tmp_path):
-    program = """
-first = cloning.fill_the_heap()
-print(json.dumps([first, cloning.fill_the_heap()]))
+IMMORTAL = """
+import gc, json, os, resource, sys
+sys.path.insert(0, "/opt/mayfly")
+from runner import cloning
+
+class Thing:
+    pass
+
+def function():
+    return 1234.5, ("a constant", b"a constant")
+
+thing = Thing()
+thing.list = [[f"text {number}"] for number in range(3)]
+nested = tuple(tuple([f"untracked {number}", 10.5 + number]) for number in range(3))
+texts = [f"{number:0200}" for number in range(10_000)]  # two megabytes
+
+def objects():
+    yield from (thing, thing.__dict__, thing.list, *thing.list, *(text for text, in thing.list), Thing, function, sys.modules)
+    yield from (*nested, *(item for pair in nested for item in pair), *function(), function.__code__, function.__name__, texts[7])
+
+def is_immortal(one):
+    return sys.getrefcount(one) == sys.getrefcount(None)
+
+def counted():
+    return sum(not is_immortal(one) for one in objects())
+
+def copies_of_a_child_that_looks():
+    reading, writing = os.pipe()
+    if os.fork() == 0:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for text in texts:
+            same = text
+        os.write(writing, str(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before).encode())
+        os._exit(0)
+    os.wait()
+    return int(os.read(reading, 100))
+
+def look():
+    return {"counted": counted(), "copies": copies_of_a_child_that_looks()}
+
+before = look()
+made = cloning.make_immortal()
+later = [f"later {number}" for number in range(3)]
+print(json.dumps([before, made, look(), sum(map(is_immortal, (later, *later)))]))
 """
-    first, second = told(program, tmp_path)
-    assert first > 10_000
-    assert second < first / 10
 
 
-HUGE_TEXT = """
+def test_objects_that_are_immortal_are_copied_for_no_child_that_looks_at_them():
+    before, made, after, later = printed(docker.from_env(), Settings.from_environment().image, IMMORTAL)
+    assert before["counted"] > 20
+    assert before["copies"] > 500  # the control
+    assert made > 20_000
+    assert after["counted"] == 0
+    assert after["copies"] < 20
+    assert later == 0
+
+
+def test_an_interpreter_without_immortal_objects_keeps_its_counts(tmp_path):
+    program = """
+before = sys.getrefcount(tenant)
+sys.getrefcount, real = lambda one: 1000, sys.getrefcount
+print(json.dumps([cloning.make_immortal(), real(tenant) - before]))
+"""
+    assert told(program, tmp_path) == [0, 0]
+
+
+HEAP = """
 import re
+from runner import huge_pages
 
-def huge_bytes():
+def in_huge_pages(name):
     inside, found = False, 0
     for line in open("/proc/self/smaps"):
         if re.match("[0-9a-f]+-[0-9a-f]+ ", line):
-            inside = " r-xp " in line
+            inside = name in line
         elif inside and line.startswith("AnonHugePages:"):
             found += 1024 * int(line.split()[1])
     return found
-
-before = huge_bytes()
-moved = cloning.enlarge_the_text()
-after = huge_bytes()
-tenant.run("CREATE TABLE t(a)")
-print(json.dumps([before, moved, after, from_child(lambda: [str(n) for n in range(3)])]))
 """
+KERNEL_HAS_THEM = "[never]" not in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+
+
+def test_what_is_there_lies_on_huge_pages_where_the_kernel_has_them_and_what_follows_beside_it(tmp_path: Path) -> None:
+    program = """
+heap = huge_pages.Heap()
+there = [bytes(1000) for _ in range(5000)]
+holes = [bytes(1000) for _ in range(2000)]
+del holes[::2]
+heap.finish()
+filled, again = heap.fill(), heap.fill()
+behind = [bytes(1000) for _ in range(100)]
+enlarged = heap.enlarge()
+pages = {id(one) >> 21 for one in there}
+print(json.dumps([
+    filled, again, enlarged, in_huge_pages("[heap]"), len(pages), len({id(one) >> 21 for one in behind} & pages),
+    from_child(lambda: [len(one) for one in there[::1000]]), there == [bytes(1000)] * 5000,
+]))
+"""
+    filled, again, enlarged, on_huge_pages, pages, shared, from_child, kept = told(HEAP + program, tmp_path, PYTHONMALLOC="malloc")
+    assert filled > 900_000
+    assert again < filled / 100
+    assert enlarged == on_huge_pages
+    assert enlarged >= (pages << 21 if KERNEL_HAS_THEM else 0)
+    assert pages >= 2
+    assert shared == 0
+    assert from_child == [1000] * 5
+    assert kept
+
+
+def test_a_host_that_wants_no_huge_pages_gets_none(tmp_path: Path) -> None:
+    (tmp_path / "enabled").write_text("always madvise [never]\n")
+    program = """
+huge_pages._WANTED = str(Path(sys.argv[1], "enabled"))
+heap = huge_pages.Heap()
+there = [bytes(1000) for _ in range(5000)]
+heap.finish()
+print(json.dumps([heap.enlarge(), huge_pages.enlarge_the_text(), in_huge_pages("[heap]"), in_huge_pages(" r-xp ")]))
+"""
+    assert told(HEAP + program, tmp_path, PYTHONMALLOC="malloc") == [0, 0, 0, 0]
 
 
 def test_the_interpreters_code_lies_on_huge_pages_where_the_kernel_has_them_and_runs_on(tmp_path: Path) -> None:
-    before, moved, after, from_child = told(HUGE_TEXT, tmp_path)
-    kernel_has_them = "[never]" not in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+    program = """
+before = in_huge_pages(" r-xp ")
+moved = huge_pages.enlarge_the_text()
+after = in_huge_pages(" r-xp ")
+tenant.run("CREATE TABLE t(a)")
+print(json.dumps([before, moved, after, from_child(lambda: [str(n) for n in range(3)])]))
+"""
+    before, moved, after, from_child = told(HEAP + program, tmp_path)
     assert (before, from_child) == (0, ["0", "1", "2"])
     assert moved == after
-    assert bool(moved) == kernel_has_them
+    assert bool(moved) == KERNEL_HAS_THEM

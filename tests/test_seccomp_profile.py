@@ -126,13 +126,9 @@ def slots() -> Iterator[Contained]:
         yield found
 
 
-FOR_SPEED = ("process_madvise",)
-"""Of a slot's: without these it serves too, which test_runner_prefault shows."""
-
-
 def only_in_a_slot() -> list[str]:
     found = (name for entry in json.loads(SLOT_PROFILE)["syscalls"] for name in entry["names"])
-    return [name for name in found if name not in (*allowed_names(), *FOR_SPEED)]
+    return [name for name in found if name not in allowed_names()]
 
 
 @pytest.mark.parametrize("name", ["nothing", *only_in_a_slot()])

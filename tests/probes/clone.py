@@ -30,7 +30,7 @@ import conformance
 import layers
 from attempts import call, read_both_files, write_the_database, write_the_journal
 
-from runner import child, cloning, confine, main, prefault, syscalls, zygote
+from runner import child, cloning, confine, main, syscalls, zygote
 from runner.database import Database, hold
 from runner.execute import run_prepared
 from runner.failures import verdict_of
@@ -426,7 +426,6 @@ def run_as_zygote() -> None:
         else:
             LEFT_OUT[name]()
     child.child = serve_orders
-    prefault.Rehearsal.of = lambda *_: None  # which would want its request answered
     main.main()
 
 
