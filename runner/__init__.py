@@ -13,7 +13,7 @@ holds two files. It ends within a deadline, after at most one answer.
                     policy holds the tables
     execute         the script, statement by statement; failures says what each exception means
     operations      instead, where the request has an `op`: rows, batch, schema, export and bulk on the database, upload, verify and
-                    salvage on the file; memory, image, trees and rebuild are theirs. shelf keeps what few requests need
+                    salvage on the file; memory, image, trees and rebuild are theirs
     wire, frames    one reply to descriptor 1, and the process ends
 
 Its mode says what kind it is. A read-only one cannot write, and four layers each see to that alone: the mount, Landlock's rules,

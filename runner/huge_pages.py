@@ -53,8 +53,11 @@ def _library() -> ctypes.CDLL:
 
 def _are_wanted() -> bool:
     """By the host. To be called while /sys is there."""
-    with open(_WANTED, encoding="ascii") as file:
-        return "[never]" not in file.read()
+    try:
+        with open(_WANTED, encoding="ascii") as file:
+            return "[never]" not in file.read()
+    except FileNotFoundError:  # a kernel without any
+        return False
 
 
 def _up(address: int) -> int:

@@ -14,7 +14,6 @@ from functools import partial
 
 import apsw
 
-from . import shelf
 from .answer import OUT, Clock, Exit, answer, read_build, read_request, refuse_self_test, reply_to, self_test
 from .configuration import PLAIN, Configuration, ConfigurationError, Kind
 from .confine import FILES, UnconfinedError, confine
@@ -22,6 +21,7 @@ from .database import PATH
 from .execute import run_request
 from .frames import Outbox
 from .operations import perform, perform_on_a_foreign_file
+from .watchdog import Watchdog
 from .wire import Operation, Verdict, VerdictError, encode_error, encode_failure
 
 TYPE_CHECKING = False
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from .answer import Asked
     from .database import Expired
     from .execute import Watch
-    from .watchdog import Watchdog
 
     Do = Callable[[Asked, Configuration, Expired, Watch, Outbox, Kind], bytes | None]
 
@@ -74,8 +73,7 @@ def do_on_a_foreign_file(
 
 def serve(kind: Kind = PLAIN, do: Do = do_on_the_volume) -> NoReturn:
     seed_sqlite()
-    shelf.fill()
-    watchdog = watchdog_for(lambda: _time_out(outbox), _end_unasked)
+    watchdog = Watchdog(lambda: _time_out(outbox), _end_unasked)
     outbox = Outbox(OUT, watchdog.claim_piece, watchdog.release_piece)
     try:
         configuration = read_configuration()
@@ -106,7 +104,7 @@ def selftest() -> NoReturn:
     seed_sqlite()
     build = read_build()
     outbox = Outbox(OUT)
-    watchdog = watchdog_for(lambda: _time_out(outbox))
+    watchdog = Watchdog(lambda: _time_out(outbox))
     try:
         configuration = read_configuration()
         facts = confine(configuration, watchdog.start)
@@ -118,13 +116,6 @@ def selftest() -> NoReturn:
         return do_on_the_volume(asked, configuration, expired, watchdog.guard, outbox, PLAIN)
 
     self_test(configuration, facts, run, clock.expired, build)
-
-
-def watchdog_for(give_up: Callable[[], NoReturn], forsake: Callable[[], NoReturn] | None = None) -> Watchdog:
-    # A zygote has none, and every module that it has is copied for each child.
-    from .watchdog import Watchdog
-
-    return Watchdog(give_up, forsake)
 
 
 def zygote() -> NoReturn:

@@ -1,14 +1,13 @@
 """What is done for each `op` of docs/wire.md, as two tables: on the database, opened as for any SQL, and on the file itself.
 
-Those on the file open it as they need it, by its path, and hold it themselves while they write. What only they and the import
-need is imported when it is needed: shelf.py.
+Those on the file open it as they need it, by its path, and hold it themselves while they write.
 """
 
 from __future__ import annotations
 
 import os
 
-from . import batch, export, rows, schema
+from . import batch, bulk, export, rows, salvage, schema, upload, verify
 from .database import PATH, limit_heap
 from .execute import explained, in_opened, in_prepared
 from .frames import framed, write_all
@@ -102,8 +101,6 @@ def _export(database: Database, operation: Operation, expired: Expired, outbox: 
 
 
 def _import(database: Database, operation: Operation, expired: Expired, outbox: Outbox) -> Reply:
-    from . import bulk
-
     order = bulk.ImportOrder(**operation.content)
     try:
         loaded = bulk.load(database.connection, operation.upload, order, database.configuration.sqlite_limits, expired)
@@ -126,22 +123,16 @@ _ON_THE_DATABASE: dict[str, OnTheDatabase] = {
 
 
 def _accept(path: str, operation: Operation, configuration: Configuration, expired: Expired, outbox: Outbox) -> Reply:
-    from . import upload
-
     done = upload.accept(path, operation.upload, configuration, expired)
     verdict = done.pop("verdict")
     return _report(done["report"], configuration) if verdict == Verdict.REPORT else encode_reply(verdict, done)
 
 
 def _verify(path: str, operation: Operation, configuration: Configuration, expired: Expired, outbox: Outbox) -> Reply:
-    from . import verify
-
     return _report(verify.report(path, configuration, expired), configuration)
 
 
 def _salvage(path: str, operation: Operation, configuration: Configuration, expired: Expired, outbox: Outbox) -> Reply:
-    from . import salvage
-
     return _report(salvage.salvage(path, configuration, expired), configuration)
 
 
@@ -151,8 +142,6 @@ def _verify_file(path: str, operation: Operation, configuration: Configuration, 
 
 
 def _salvage_file(path: str, operation: Operation, configuration: Configuration, expired: Expired, outbox: Outbox) -> Reply:
-    from . import salvage
-
     _put(path, operation.upload)
     report = salvage.salvage(path, configuration, expired)
     if not report["ok"]:

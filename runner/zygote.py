@@ -30,7 +30,7 @@ import sys
 import types
 from functools import partial
 
-from . import child, cloning, confine, huge_pages, shelf, syscalls
+from . import child, cloning, confine, huge_pages, syscalls
 from .answer import Exit, answer, read_build
 from .child import HEADER, Inbox
 from .configuration import PLAIN
@@ -72,7 +72,6 @@ _MOST_UNTAKEN = 3
 def live(configuration: Configuration) -> NoReturn:
     """Until the launcher closes the control."""
     connect()
-    shelf.fill()
     entropy = cloning.Entropy()
     facts = confine.Facts()
     order = Order(configuration)

@@ -222,7 +222,10 @@ ILL: dict[str, list[Ill]] = {
         *for_zygote(lambda m: m.sysctl("kernel.unprivileged_userns_clone", "0"), "for root alone"),
     ],
     "apparmor": for_zygote(apparmor, "profile is not loaded"),
-    "huge pages": [warns(lambda m: m.write("/sys/kernel/mm/transparent_hugepage/enabled", "[always] madvise never"), "always")],
+    "huge pages": [
+        warns(lambda m: m.write("/sys/kernel/mm/transparent_hugepage/enabled", "[always] madvise never"), "always"),
+        warns(lambda m: m.write("/sys/kernel/mm/transparent_hugepage/enabled", "always madvise [never]"), "never"),
+    ],
     "processor": [warns(lambda m: m.write("/sys/devices/system/cpu/vulnerabilities/mds", "Vulnerable; SMT on"), "open: mds")],
     "smt": [Ill(lambda m: m.write("/sys/devices/system/cpu/smt/active", "1\n"), Level.OK, "two callers may share a core")],
     "swap": [warns(lambda m: m.write("/proc/swaps", "Filename\n/dev/sda2 partition 1 0 -2\n"), "swapoff -a")],

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import docker
+import pytest
 
 from gateway.settings import Settings
 
@@ -242,8 +243,10 @@ print(json.dumps([
     assert kept
 
 
-def test_a_host_that_wants_no_huge_pages_gets_none(tmp_path: Path) -> None:
-    (tmp_path / "enabled").write_text("always madvise [never]\n")
+@pytest.mark.parametrize("said", ["always madvise [never]\n", None])
+def test_a_host_that_wants_no_huge_pages_or_has_none_gets_none(tmp_path: Path, said: str | None) -> None:
+    if said is not None:
+        (tmp_path / "enabled").write_text(said)
     program = """
 huge_pages._WANTED = str(Path(sys.argv[1], "enabled"))
 heap = huge_pages.Heap()

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from runner import batch, shelf
+from runner import batch
 from runner.database import held
 
 from .runner_database import TenantDatabase, frames_of
@@ -762,26 +762,17 @@ except OSError:
     assert stuck(gone) == b""
 
 
-# --- the shelf
+# --- no file can be opened any more
 
 
-ON_THE_SHELF = """
+LOADED = """
 import json, sys
-import runner, runner.main, runner.zygote
-from runner import shelf
-loaded = {name for name in sys.modules if name.startswith("runner.")}
-before = set(sys.modules)
-shelf.fill()
-runner.__path__ = []
-for name in shelf.NAMES:
-    __import__(f"runner.{name}")
-print(json.dumps([sorted(loaded), sorted(set(sys.modules) - before)]))
+import runner.main, runner.zygote
+print(json.dumps(sorted(name for name in sys.modules if name.startswith("runner."))))
 """
 
 
-def test_what_a_zygote_has_not_loaded_it_has_on_its_shelf_and_that_needs_no_file():
-    done = subprocess.run([sys.executable, "-c", ON_THE_SHELF], capture_output=True, cwd=REPO, check=True)
-    loaded, from_the_shelf = json.loads(done.stdout)
-    assert from_the_shelf == sorted(f"runner.{name}" for name in shelf.NAMES)
+def test_all_that_an_operation_can_need_is_loaded_before_the_confinement():
+    done = subprocess.run([sys.executable, "-c", LOADED], capture_output=True, cwd=REPO, check=True)
     there = {f"runner.{path.stem}" for path in (REPO / "runner").glob("*.py")}
-    assert there - {*loaded} - {*from_the_shelf} == {"runner.__init__", "runner.__main__", "runner.watchdog"}
+    assert there - {*json.loads(done.stdout)} == {"runner.__init__", "runner.__main__"}

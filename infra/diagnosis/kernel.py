@@ -69,7 +69,7 @@ def apparmor(host: Host) -> Finding:
 
 def huge_pages(host: Host) -> Finding:
     found = host.read("/sys/kernel/mm/transparent_hugepage/enabled") or "none"
-    if "[always]" not in found:
+    if "[always]" not in found and "[never]" not in found:
         return ok(found)
     return warning(found, "echo madvise >/sys/kernel/mm/transparent_hugepage/enabled")
 

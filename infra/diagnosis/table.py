@@ -30,7 +30,11 @@ CHECKS = (
     Check("seccomp", "a request makes the few system calls that SQLite needs", kernel.seccomp),
     Check("user namespaces", "a slot has one for its zygote and one for its child", kernel.user_namespaces),
     Check("apparmor", "Docker's own profile denies slots every mount", kernel.apparmor),
-    Check("huge pages", "a clone that writes a byte would get 2 MB instead of 4 KB", kernel.huge_pages),
+    Check(
+        "huge pages",
+        "with `always` a clone that writes a byte may get 2 MB, with `never` it gets all its memory by pieces of 4 KB",
+        kernel.huge_pages,
+    ),
     Check("processor", "tenants share it, and read one another's memory by an open hole", kernel.vulnerabilities),
     Check("smt", "threads of a core share its caches", kernel.smt),
     Check("swap", "token keys and callers' data would get onto a disk", kernel.swap),
