@@ -65,7 +65,7 @@ def _up(address: int) -> int:
 
 
 def _mappings() -> Iterator[tuple[int, int, str, str]]:
-    """Start, end, permissions and name of each that has one."""
+    """Start, end, permissions and name of each."""
     with open("/proc/self/maps", encoding="utf-8") as maps:
         for line in maps:
             fields = line.split()

@@ -11,6 +11,8 @@ import json
 import os
 import secrets
 import signal
+import struct
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -139,6 +141,53 @@ async def test_nothing_is_left_in_the_root_for_the_next_child(here: Contained) -
 
     assert await outcomes("read-only root") == ["done", "done"]
     assert await outcomes() == ["EROFS", "ENOENT"]
+
+
+# --- what a child is given
+
+
+def faults_of_children(zygote_pid: int) -> int:
+    """Pages that those that have ended had to be given."""
+    return int(Path(f"/proc/{zygote_pid}/stat").read_text().rpartition(")")[2].split()[8])
+
+
+async def faults_of_a_child(here: Contained, *without: str) -> float:
+    async with here.open(left_out("orders", *without)) as slot:
+        zygote_pid = slot.zygote()
+        await slot.run(request("SELECT 1"))
+        await waiting_child(slot)
+        before = faults_of_children(zygote_pid)
+        for _ in range(10):
+            assert unframe((await slot.run(request("SELECT 1"))).output)["rows"] == [[1]]
+        await waiting_child(slot)
+        return (faults_of_children(zygote_pid) - before) / 10
+
+
+async def test_a_child_that_looks_at_what_its_zygote_has_made_does_not_copy_it(here: Contained) -> None:
+    assert await faults_of_a_child(here) < 0.7 * await faults_of_a_child(here, "immortal objects")
+
+
+def huge_pages_in_the_heap(pid: int) -> int:
+    """Of 2 MiB that lie side by side, but for what has been written to meanwhile."""
+    found = 0
+    with open(f"/proc/{pid}/maps") as maps, open(f"/proc/{pid}/pagemap", "rb", 0) as pages:
+        spans = [[int(part, 16) for part in line.split()[0].split("-")] for line in maps if "[heap]" in line]
+        for start, end in spans:
+            for page in range(-(-start >> 21) << 21, end - (1 << 21) + 1, 1 << 21):
+                pages.seek(page >> 9)
+                frames = [entry & (1 << 55) - 1 for (entry,) in struct.iter_unpack("=Q", pages.read(8 * 512))]
+                place, count = Counter(frame - number for number, frame in enumerate(frames)).most_common(1)[0]
+                found += place > 0 and place % 512 == 0 and count > 450
+    return found
+
+
+async def test_what_a_zygote_has_made_lies_on_huge_pages_where_the_host_has_them(production: Contained) -> None:
+    host_has_them = "[never]" not in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+    async with production.open() as slot:
+        for _ in range(3):
+            await slot.run(request("CREATE TABLE t(a); INSERT INTO t VALUES (1)"))
+        await waiting_child(slot)
+        assert huge_pages_in_the_heap(slot.zygote()) >= (2 if host_has_them else 0)
 
 
 # --- what a child leaves

@@ -66,11 +66,17 @@ def leave_something_in_the_root() -> None:
     os.mkdir = make_and_leave  # type: ignore[assignment]
 
 
+def keep_counting() -> None:
+    cloning.make_immortal = lambda: 0
+
+
 LEFT_OUT: dict[str, Callable[[], None]] = {
     "empty root": keep_the_image,
     "fresh seed": keep_the_seed,
     "read-only root": keep_the_root_writable,
     "clean root": leave_something_in_the_root,
+    "immortal objects": keep_counting,
+    "orders": lambda: None,  # its children serve requests then
 }
 
 
@@ -425,7 +431,8 @@ def run_as_zygote() -> None:
             zygote.STEPS = tuple(step for step in zygote.STEPS if step[0] != name)
         else:
             LEFT_OUT[name]()
-    child.child = serve_orders
+    if "orders" not in TOLD.get("without", ()):
+        child.child = serve_orders
     main.main()
 
 
