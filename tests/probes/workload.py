@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast  # noqa: F401 -- a traceback's formatting imports these two when no file can be opened any more
 import json
 import os
 import time
+import tokenize  # noqa: F401
 import traceback
 from typing import TYPE_CHECKING
 
