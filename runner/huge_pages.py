@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _HUGE_BYTES = 1 << 21
 _WANTED = "/sys/kernel/mm/transparent_hugepage/enabled"
 _PROT_READ, _PROT_WRITE, _PROT_EXEC = 1, 2, 4
-_MAP_PRIVATE, _MAP_ANONYMOUS, _MAP_FIXED_NOREPLACE = 0x02, 0x20, 0x100000
+_MAP_PRIVATE, _MAP_ANONYMOUS = 0x02, 0x20
 _MREMAP_MAYMOVE, _MREMAP_FIXED = 1, 2
 _MADV_NOHUGEPAGE, _MADV_COLLAPSE = 15, 25
 _M_TOP_PAD = -2
@@ -146,14 +146,10 @@ class Heap:
     """
 
     def __init__(self) -> None:
-        """To be made while /proc and /sys are there. Its first huge page begins below it, where nothing is."""
+        """To be made while /proc and /sys are there."""
         self._library = _library()
         self._are_wanted = _are_wanted()
-        start = next(start for start, _, _, name in _mappings() if name == "[heap]")
-        self._start = self._end = page = start // _HUGE_BYTES * _HUGE_BYTES
-        where = _MAP_PRIVATE | _MAP_ANONYMOUS | _MAP_FIXED_NOREPLACE
-        if page < start and self._library.mmap(page, start - page, _PROT_READ | _PROT_WRITE, where, -1, 0) != page:
-            self._start += _HUGE_BYTES
+        self._start = self._end = next(_up(start) for start, _, _, name in _mappings() if name == "[heap]")
 
     def fill(self) -> int:
         """Take every free block below the top, for good; returns how many bytes that were."""
