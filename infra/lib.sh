@@ -161,6 +161,17 @@ make_users() {
     id -nG $launcher_user | grep -qw docker || usermod -aG docker $launcher_user
 }
 
+# A clone that was made under umask 077 is root's alone.
+check_clone() {
+    is_root || return 0
+    local closed
+    closed=$(
+        find "$repo" "$repo/.venv" -maxdepth 0 -type d ! -perm -005
+        find "$repo/gateway" -type d ! -perm -005 -o -type f ! -perm -004
+    )
+    [ -z "$closed" ] || die "the service's users cannot read ${closed%%$'\n'*}; open the clone to them: chmod -R o+rX $repo"
+}
+
 make_state() {
     mkdir -p "$operator"
     if is_root; then

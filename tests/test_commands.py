@@ -75,6 +75,22 @@ def test_a_folder_that_the_services_users_cannot_enter_is_refused(stopped):
         below.stop()
 
 
+@NEEDS_ROOT
+@pytest.mark.parametrize("closed", ["", "gateway", "gateway/web/app.py", ".venv"])
+def test_a_clone_that_the_services_users_cannot_read_is_refused_with_the_remedy(tmp_path, closed):
+    for name in ("gateway/web/app.py", ".venv/bin/python"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    tmp_path.chmod(0o755)
+    command = ["bash", "-ec", ". infra/lib.sh; repo=$0; check_clone", tmp_path]
+    assert subprocess.run(command, cwd=REPO, check=False).returncode == 0
+    (tmp_path / closed).chmod(0o700 if (tmp_path / closed).is_dir() else 0o600)
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert f"cannot read {tmp_path / closed}; " in done.stderr
+    assert f"chmod -R o+rX {tmp_path}" in done.stderr
+
+
 def test_an_unknown_setting_is_refused_by_its_name(stopped):
     stopped.environment["MAYFLY_TLL_SECONDS"] = "5"
     with pytest.raises(RuntimeError, match="MAYFLY_TLL_SECONDS is not a setting"):
