@@ -235,7 +235,7 @@ print(json.dumps([
     filled, again, enlarged, on_huge_pages, pages, shared, from_child, kept = told(HEAP + program, tmp_path, PYTHONMALLOC="malloc")
     assert filled > 900_000
     assert again < filled / 10
-    assert enlarged == on_huge_pages
+    assert on_huge_pages >= enlarged
     assert enlarged >= (pages << 21 if KERNEL_HAS_THEM else 0)
     assert pages >= 2
     assert shared == 0
