@@ -141,8 +141,7 @@ _FRESH_BYTES = 1 << 20
 class Heap:
     """The C library's. What the zygote has made for its children comes onto huge pages.
 
-    What follows goes onto small ones that nobody has written to yet: what children allocate, side by side, and what the zygote
-    itself writes to while it shares all this with a child, because a huge page would fall apart by that.
+    What follows goes onto small ones that nobody has written to yet: what children allocate lies there side by side.
     """
 
     def __init__(self) -> None:
@@ -170,7 +169,7 @@ class Heap:
         library.madvise(self._end, library.sbrk(0) - self._end, _MADV_NOHUGEPAGE)
 
     def enlarge(self) -> int:
-        """Onto huge pages with what is there; returns how many bytes are. From then on it is not to be written to, while shared."""
+        """Onto huge pages with what is there; returns how many bytes are. One that a clone writes to is its own in small ones."""
         library, pages = self._library, range(self._start, self._end, _HUGE_BYTES) if self._are_wanted else ()
         return sum(_HUGE_BYTES for page in pages if not library.madvise(page, _HUGE_BYTES, _MADV_COLLAPSE))
 
