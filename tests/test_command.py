@@ -150,7 +150,7 @@ def damaged(healthy):
 
 def containers():
     with closing(docker.from_env()) as client:
-        return client.containers.list(all=True, filters={"label": f"{LABEL_ROLE}=command"})
+        return client.containers.list(all=True, filters={"label": f"{LABEL_ROLE}=command"}, ignore_removed=True)
 
 
 def mayfly(*arguments, **environment):
