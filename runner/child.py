@@ -99,7 +99,6 @@ class Life:
 def child(inbox: Inbox, waiting: Plan, lives: Mapping[int, Life], build: dict[str, Any] | None) -> Callable[[], bytes | None]:
     """What a child runs, from its first step to its reply, for `answer`: `waiting`, and the life that the command then names."""
     packet, outbox = inbox.packet, Outbox(OUT)
-    runs = {life: _run_by(life, outbox) for life in lives.values()}
 
     def take(plan: Plan) -> None:
         for operation, wanted, step in plan:
@@ -116,7 +115,7 @@ def child(inbox: Inbox, waiting: Plan, lives: Mapping[int, Life], build: dict[st
             _refuse(inbox, f"no command {command} is known")
         life = lives[command]
         take(life.plan)
-        run, configuration, clock = runs[life], life.database.configuration, life.clock
+        run, configuration, clock = _run_by(life, outbox), life.database.configuration, life.clock
         if command == _SELFTEST:
             clock = Clock(clock.seconds)
             self_test(configuration, life.facts, run, clock.expired, build)

@@ -54,17 +54,17 @@ def warm_up(configuration: Configuration, path: str) -> None:
         os.close(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
     inbox, steps = Inbox(-1), ((_nothing, 0, "nothing"),) * 2
     HEADER.pack_into(inbox.packet, 0, 0, 0, 0)
+    reading, writing = os.pipe2(os.O_CLOEXEC)
+    os.dup2(reading, IN)
+    os.close(reading)
     for _ in range(_ROUNDS):
         for sql, args in _SCRIPTS:
             life = Life(steps, prepare(configuration, path), confine.Facts(), PLAIN)
-            reading, writing = os.pipe2(os.O_CLOEXEC)
-            os.dup2(reading, IN)
             write_all(writing, framed(json.dumps({"v": 1, "sql": sql, "args": args, "int64": "number"}).encode()))
             write_all(writing, framed(child(inbox, steps, {0: life}, None)() or b""))
-            read_frame(reading, configuration.max_reply_bytes)
+            read_frame(IN, configuration.max_reply_bytes)
             life.database.close()
-            for descriptor in (reading, writing):
-                os.close(descriptor)
+    os.close(writing)
     os.dup2(_STANDARD_ERROR, IN)
     for name in files:
         os.unlink(name)

@@ -51,6 +51,9 @@ def _library() -> ctypes.CDLL:
     return library
 
 
+_libc = _library()
+
+
 def _are_wanted() -> bool:
     """By the host. To be called while /sys is there."""
     try:
@@ -107,8 +110,7 @@ def _bytes(spans: Sequence[tuple[int, ...]]) -> int:
 
 
 def _enlarge(page: int, spans: list[tuple[int, int]]) -> int:
-    library = _library()
-    room = library.mmap(0, 2 * _HUGE_BYTES, _PROT_READ | _PROT_WRITE, _MAP_PRIVATE | _MAP_ANONYMOUS, -1, 0)
+    room = _libc.mmap(0, 2 * _HUGE_BYTES, _PROT_READ | _PROT_WRITE, _MAP_PRIVATE | _MAP_ANONYMOUS, -1, 0)
     if room == -1:
         return 0
     copy = _up(room)
@@ -117,12 +119,12 @@ def _enlarge(page: int, spans: list[tuple[int, int]]) -> int:
     moved = 0
     # Small pages would be worse than what is there: each is then one more to copy for every clone.
     if (
-        not library.madvise(copy, _HUGE_BYTES, _MADV_COLLAPSE)
-        and not library.mprotect(copy, _HUGE_BYTES, _PROT_READ | _PROT_EXEC)
-        and library.mremap(copy, _HUGE_BYTES, _HUGE_BYTES, _MREMAP_MAYMOVE | _MREMAP_FIXED, page) != -1
+        not _libc.madvise(copy, _HUGE_BYTES, _MADV_COLLAPSE)
+        and not _libc.mprotect(copy, _HUGE_BYTES, _PROT_READ | _PROT_EXEC)
+        and _libc.mremap(copy, _HUGE_BYTES, _HUGE_BYTES, _MREMAP_MAYMOVE | _MREMAP_FIXED, page) != -1
     ):
         moved = _HUGE_BYTES
-    library.munmap(room, 2 * _HUGE_BYTES)
+    _libc.munmap(room, 2 * _HUGE_BYTES)
     return moved
 
 
@@ -146,33 +148,32 @@ class Heap:
 
     def __init__(self) -> None:
         """To be made while /proc and /sys are there."""
-        self._library = _library()
         self._are_wanted = _are_wanted()
         self._start = self._end = next(_up(start) for start, _, _, name in _mappings() if name == "[heap]")
 
     def fill(self) -> int:
         """Take every free block below the top, for good; returns how many bytes that were."""
-        library, top, taken = self._library, self._top(), 0
+        top, taken = self._top(), 0
         for size in _HOLES:
-            while (block := library.malloc(size)) < top:
+            while (block := _libc.malloc(size)) < top:
                 taken += size
-            library.free(block)
+            _libc.free(block)
         return taken
 
     def finish(self) -> None:
         """What is there ends with a huge page; new memory is what comes behind it. To be filled then."""
-        library, self._end = self._library, _up(self._top())
-        library.mallopt(_M_TOP_PAD, _FRESH_BYTES)
+        self._end = _up(self._top())
+        _libc.mallopt(_M_TOP_PAD, _FRESH_BYTES)
         while (left := self._end - self._top()) > 0:
-            library.malloc(max(_CHUNK_BYTES, min(left, _LARGEST_HOLE_BYTES) - _CHUNK_BYTES // 2))
-        library.malloc(_CHUNK_BYTES)
-        library.madvise(self._end, library.sbrk(0) - self._end, _MADV_NOHUGEPAGE)
+            _libc.malloc(max(_CHUNK_BYTES, min(left, _LARGEST_HOLE_BYTES) - _CHUNK_BYTES // 2))
+        _libc.malloc(_CHUNK_BYTES)
+        _libc.madvise(self._end, _libc.sbrk(0) - self._end, _MADV_NOHUGEPAGE)
 
     def enlarge(self) -> int:
         """Onto huge pages with what is there; returns how many bytes are. One that a clone writes to is its own in small ones."""
-        library, pages = self._library, range(self._start, self._end, _HUGE_BYTES) if self._are_wanted else ()
-        return sum(_HUGE_BYTES for page in pages if not library.madvise(page, _HUGE_BYTES, _MADV_COLLAPSE))
+        pages = range(self._start, self._end, _HUGE_BYTES) if self._are_wanted else ()
+        return sum(_HUGE_BYTES for page in pages if not _libc.madvise(page, _HUGE_BYTES, _MADV_COLLAPSE))
 
     def _top(self) -> int:
         """Where the free block begins that has no end."""
-        return int(self._library.sbrk(0) - self._library.mallinfo2().keepcost)
+        return int(_libc.sbrk(0) - _libc.mallinfo2().keepcost)

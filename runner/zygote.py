@@ -75,6 +75,7 @@ def live(configuration: Configuration) -> NoReturn:
     facts = confine.Facts()
     order = Order(configuration)
     try:
+        heap = confine.total("heap", huge_pages.Heap)
         for name, step in STEPS:
             confine.total(name, step, order)
             facts.steps += (name,)
@@ -88,11 +89,11 @@ def live(configuration: Configuration) -> NoReturn:
     entropy.forget_the_seed()
     gc.collect()
     cloning.make_immortal()
-    order.heap.finish()
-    order.heap.fill()
+    heap.finish()
+    heap.fill()
     clone = Clone(reply)
     gc.freeze()
-    order.heap.enlarge()
+    heap.enlarge()
     clone.ever()
 
 
@@ -140,13 +141,12 @@ def connect() -> None:
 class Order:
     """What the steps are for, and what they make."""
 
-    __slots__ = ("configuration", "databases", "heap")
+    __slots__ = ("configuration", "databases")
 
     def __init__(self, configuration: Configuration) -> None:
         self.configuration = configuration
         self.databases: dict[bool, Database] = {}
         """By whether they only read. Prepared, without a file: the descriptor is nobody's here, the tenant's in a child."""
-        self.heap = huge_pages.Heap()
 
 
 def _process(order: Order) -> None:
