@@ -5,6 +5,7 @@ from __future__ import annotations
 import configparser
 import os
 import re
+import shutil
 import socket
 import subprocess
 import tempfile
@@ -89,6 +90,21 @@ def test_a_clone_that_the_services_users_cannot_read_is_refused_with_the_remedy(
     assert done.returncode == 1
     assert f"cannot read {tmp_path / closed}; " in done.stderr
     assert f"chmod -R o+rX {tmp_path}" in done.stderr
+
+
+@NEEDS_ROOT
+def test_up_refuses_such_a_clone_before_it_starts_anything(stopped, tmp_path):
+    clone = tmp_path / "clone"
+    for name in ("gateway", "infra", "runner"):
+        shutil.copytree(REPO / name, clone / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "Dockerfile.runner"):
+        shutil.copy(REPO / name, clone)
+    (clone / ".venv").symlink_to(REPO / ".venv")
+    (clone / "gateway").chmod(0o700)
+    done = subprocess.run([clone / "infra/up", "-d"], env=stopped.environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert f"cannot read {clone / 'gateway'}; " in done.stderr
+    assert not list((stopped.state / "operator").glob("*.pid"))
 
 
 def test_an_unknown_setting_is_refused_by_its_name(stopped):
